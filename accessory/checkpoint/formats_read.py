@@ -1,0 +1,262 @@
+"""Lazy readers, one per kind of file: names, shapes and dtypes at once, data one slice at a time, nothing trusted.
+
+    TorchFile         consolidated.00.pth      mmap, weights_only, zip checked before it is opened
+    SafetensorsFiles  model-*.safetensors      mmap, header checked
+    GGUFFile          model.gguf               mmap, dequantised in blocks of rows
+
+Every `read` copies its slice out of the map, and the maps are let go after every 512 MiB read, so that going through a
+13.5 GB file holds one slice and not the file. A file that is truncated, damaged or holds code is a ValueError that names it.
+Tests: tests/unit/test_formats.py
+"""
+
+import json
+import pickle
+import re
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from accessory.weights import owned_slice
+
+MAPPED_LIMIT = 512 * 2**20  # bytes of mapped pages after which a file is closed and mapped anew
+HEADER_LIMIT = 10 * 2**20  # of a safetensors file; real ones are below 1 MiB
+DAMAGED = "is truncated or damaged: copy or download it again"
+
+
+class TorchFile:
+    """One .pth file holding a dict of tensors, flat or under {"model": ...}; Accessory's `llma.` prefix is dropped."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        check_zip(path)
+        self._read_bytes = 0
+        self._tensors: dict[str, Tensor] | None = self._map()
+        self._meta = {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
+
+    def names(self) -> list[str]:
+        return list(self._meta)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._meta[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._meta[name][1]
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        if self._tensors is None:
+            self._tensors = self._map()
+        out = owned_slice(self._tensors[name], dim, start, stop)
+        self._read_bytes += self._tensors[name].nbytes if dim else out.nbytes  # a slice of columns touches every page
+        if self._read_bytes > MAPPED_LIMIT:
+            self._tensors, self._read_bytes = None, 0
+        return out
+
+    def _map(self) -> dict[str, Tensor]:
+        payload = load_torch(self.path, mmap=True)
+        payload = payload["model"] if isinstance(payload, dict) and isinstance(payload.get("model"), dict) else payload
+        if not isinstance(payload, dict) or not payload:
+            raise ValueError(f"{self.path}: holds a {type(payload).__name__}, not a dict of tensors")
+        for name, tensor in payload.items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise ValueError(f"{self.path}: {name!r} is a {type(tensor).__name__}, but a checkpoint holds tensors only")
+            if tensor.nbytes > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{self.path}: {name} claims {tensor.nbytes} bytes, the file stores {tensor.untyped_storage().nbytes()}")
+        return {name.removeprefix("llma."): tensor for name, tensor in payload.items()}
+
+
+def check_zip(path: Path) -> None:
+    """Raises ValueError unless `path` is a complete zip of uncompressed entries no larger together than the file: a
+    compressed one can expand a thousandfold."""
+    size = path.stat().st_size
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError) as error:
+        with open(path, "rb") as file:
+            start = file.read(4)
+        if start[:1] == b"\x80":
+            raise ValueError(f"{path}: is in torch's format from before 1.6: load it with an old torch and save it again") from error
+        known = start == b"PK\x03\x04"
+        raise ValueError(f"{path}: {DAMAGED if known else 'is not a torch checkpoint (no zip): ' + DAMAGED}") from error
+    if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
+        raise ValueError(f"{path}: holds compressed entries, which torch never writes: the file is not to be trusted")
+    if sum(e.file_size for e in entries) > size:
+        raise ValueError(f"{path}: its entries claim to be larger than the file ({size} bytes): the file is not to be trusted")
+
+
+def load_torch(path: Path, mmap: bool = False) -> Any:
+    """torch.load that never runs code. Raises ValueError naming the file and what is wrong with it. Check the zip first."""
+    try:
+        return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+) was not", str(error))
+        if found is None:
+            raise ValueError(f"{path}: {DAMAGED} (its pickle is not one of plain tensors)") from error
+        raise ValueError(
+            f"{path}: {found[1]} in its pickle could run code when loaded, so it is refused: save it again as a plain dict of tensors"
+        ) from error
+    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: {DAMAGED} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
+
+
+class SafetensorsFiles:
+    """One or several .safetensors files as one source. `weight_map` (the index's) says which file holds which name; without
+    it the headers do."""
+
+    def __init__(self, files: list[Path], weight_map: dict[str, Path] | None = None) -> None:
+        self._handles: dict[Path, Any] = {}
+        self._read_bytes = 0
+        self._file: dict[str, Path] = {}
+        self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+        for path in files:
+            self._read_header(path)
+        for name, path in (weight_map or {}).items():
+            if self._file.get(name) != path:
+                raise ValueError(f"{path}: {name} is missing, but the index says that it is there: download the file again")
+
+    def _read_header(self, path: Path) -> None:
+        header = safetensors_header(path)
+        for name, entry in header.items():
+            if name in self._file:
+                raise ValueError(f"{path}: {name} is also in {self._file[name]}: the directory mixes files of two checkpoints")
+            self._file[name] = path
+            self._meta[name] = (tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
+
+    def names(self) -> list[str]:
+        return list(self._meta)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._meta[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._meta[name][1]
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        from safetensors import safe_open
+
+        path = self._file[name]
+        if path not in self._handles:
+            self._handles[path] = safe_open(path, "pt")
+        whole = self._handles[path].get_tensor(name)  # a view of the map: pages are read by the copy below
+        out = owned_slice(whole, dim, start, stop)
+        self._read_bytes += whole.nbytes if dim else out.nbytes
+        if self._read_bytes > MAPPED_LIMIT:
+            self._handles, self._read_bytes = {}, 0
+        return out
+
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
+    """Name -> {"dtype", "shape", "data_offsets"}. Raises ValueError for a missing, truncated or damaged file."""
+    from safetensors import SafetensorError, safe_open
+
+    if not path.is_file():
+        raise ValueError(f"{path}: this file of the checkpoint is missing: download it")
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(HEADER_LIMIT, path.stat().st_size - 8):
+            raise ValueError(f"{path}: {DAMAGED} (its header claims {length} bytes)")
+        raw = file.read(length)
+    try:
+        with safe_open(path, "pt"):  # the library checks offsets, overlaps and that the data is all there
+            pass
+        header = json.loads(raw)
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"{path}: {DAMAGED} ({error})") from error
+    header.pop("__metadata__", None)
+    for name, entry in header.items():
+        if entry["dtype"] not in SAFETENSORS_DTYPES:
+            raise ValueError(f"{path}: {name} is stored as {entry['dtype']}: take the model in bf16, fp16 or fp32")
+    return header
+
+
+class GGUFFile:
+    """One .gguf file: `metadata` (key -> value) and tensors under GGUF's names, quantised ones dequantised to fp32, F16 and
+    BF16 as they are. Rows are quantised one by one, so a slice of rows dequantises only those."""
+
+    BLOCK = 2**22  # numbers dequantised at a time
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import gguf
+        except ImportError:
+            raise ValueError(f"{path}: reading GGUF needs the gguf package: pip install gguf") from None
+        self.path = path
+        try:
+            reader = gguf.GGUFReader(path)
+            self.metadata = {name: field.contents() for name, field in reader.fields.items()}
+            self._tensors = {t.name: (tuple(int(n) for n in t.shape[::-1]), t.tensor_type, t.data_offset, t.n_bytes) for t in reader.tensors}
+        except Exception as error:  # the reader runs into numpy errors of many kinds
+            raise ValueError(f"{path}: {DAMAGED} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
+        for name, (_, kind, offset, count) in self._tensors.items():
+            if offset + count > path.stat().st_size:
+                raise ValueError(f"{path}: {DAMAGED} ({name} lies beyond its end)")
+        native = gguf.GGMLQuantizationType
+        self._native = {native.F16: torch.float16, native.BF16: torch.bfloat16}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name][0]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._native.get(self._tensors[name][1], torch.float32)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        import gguf
+        import numpy as np
+
+        shape, kind, offset, count = self._tensors[name]
+        assert len(shape) <= 2, f"{name} has shape {shape}"
+        if len(shape) == 1 and dim == 0:
+            return owned_slice(self.read(name), dim, start, stop)
+        rows, columns = shape if len(shape) == 2 else (1, shape[0])
+        stop = (rows if dim != 1 else columns) if stop is None else stop
+        first, last = (start, stop) if dim == 0 else (0, rows)
+        low, high = (start, stop) if dim == 1 else (0, columns)
+        data = np.memmap(self.path, mode="r", offset=offset, shape=(rows, count // rows), dtype=np.uint8)
+        out = torch.empty(last - first, high - low, dtype=self.dtype(name))
+        step = max(1, self.BLOCK // columns)
+        for row in range(first, last, step):
+            try:
+                block = gguf.quants.dequantize(np.array(data[row : min(row + step, last)]), kind)
+            except NotImplementedError:
+                raise ValueError(f"{self.path}: {name} is stored as {kind.name}, which the gguf package cannot dequantise") from None
+            out[row - first : row - first + len(block)] = torch.from_numpy(block)[:, low:high]
+        return out if len(shape) == 2 else out[0]
+
+
+def file_sha256(path: str | Path) -> str:
+    """The file's sha256 in hex, read in pieces."""
+    import hashlib
+
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from `path`. Raises ValueError naming the file (and the line) when it is none."""
+    try:
+        content = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected one JSON object")
+    return content

@@ -1,0 +1,246 @@
+"""Writers, the readers' mirror: Meta's shards and Hugging Face's directory, from a lazy Source, under Meta's names.
+
+    with new_directory(dst) as directory:          # DST.tmp-PID, renamed to DST when everything is on the disk
+        write_meta(directory, source, params, shards=2)    consolidated.00-of-02.model.pth ... params.json
+        write_hf(directory, source, args, tokenizer)       model-00001-of-00003.safetensors ... config.json
+
+One tensor is read at a time; a file's tensors are held until it is written (a shard, or --max_shard_size of safetensors).
+Test: tests/unit/test_formats.py, tests/unit/test_hf.py
+"""
+
+import contextlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from accessory.model.args import ModelArgs
+from accessory.weights import Source, hf, require_keys
+from accessory.weights.reshard import split
+
+TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def dtype_of(flag: str | None) -> torch.dtype | None:
+    """--dtype bf16, fp16 or fp32; None: as in the file."""
+    if flag is not None and flag not in DTYPES:
+        raise ValueError(f"--dtype {flag}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[flag] if flag else None
+
+
+@contextlib.contextmanager
+def new_directory(dst: str | Path) -> Iterator[Path]:
+    """A directory that becomes `dst` only when the block ends well: until then it is `dst`.tmp-PID, which a failure removes.
+
+    Raises ValueError when `dst` is already there. Called by one rank."""
+    dst = Path(dst)
+    if dst.exists() or dst.is_symlink():
+        raise ValueError(f"--dst {dst} is already there: choose another, or remove it first")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    directory = dst.with_name(f"{dst.name}.tmp-{os.getpid()}")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield directory
+        for path in [*directory.iterdir(), directory]:
+            _sync(path)
+        os.replace(directory, dst)
+        _sync(dst.parent)
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_consolidated(
+    directory: str | Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    params: dict[str, Any] | None = None,
+    index: int = 0,
+    count: int = 1,
+    style: str = "consolidated",
+) -> Path:
+    """Writes shard `index` of `count` as a flat dict, and params.json when `params` is given; returns the shard's file.
+
+    `style`: "meta_ori" names it consolidated.00.pth, "consolidated" consolidated.00-of-02.model.pth."""
+    assert style in ("consolidated", "meta_ori") and 0 <= index < count <= 99
+    name = f"consolidated.{index:02d}.pth" if style == "meta_ori" else f"consolidated.{index:02d}-of-{count:02d}.model.pth"
+    file = Path(directory) / name
+    save_torch({name: _owned(tensor) for name, tensor in tensors}, file)
+    if params is not None:
+        write_json(Path(directory) / "params.json", params)
+    return file
+
+
+def save_torch(payload: Any, file: Path) -> None:
+    """torch.save, with a full disk as the OSError that it is."""
+    try:
+        torch.save(payload, file)
+    except RuntimeError as error:
+        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
+            free = shutil.disk_usage(file.parent).free
+            raise ValueError(f"{file}: could not be written, {free / 2**20:.0f} MiB are free: make room or choose another disk") from error
+        raise
+
+
+def _owned(tensor: Tensor) -> Tensor:
+    """On the CPU, with a storage of its own size: torch.save of a view writes all that it views."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+
+
+def write_meta(
+    directory: str | Path,
+    source: Source,
+    params: dict[str, Any],
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    shards: int = 1,
+    embedding_dim: int = 0,
+    style: str = "meta_ori",
+    show_progress: bool = False,
+) -> list[Path]:
+    """A whole Meta-style directory: shards, params.json, tokenizer files. Checked against `params` first (ValueError)."""
+    params = completed(source, params)
+    args = ModelArgs.from_dict(params)
+    require_keys(source, args, "the weights")
+    files = []
+    with progress(source, shards, show_progress) as step:
+        for rank in range(shards):
+            tensors = (step(name, tensor, dtype) for name, tensor in split(source, args, shards, rank, embedding_dim))
+            files.append(write_consolidated(directory, tensors, params, rank, shards, style))
+    copy_tokenizer(tokenizer, Path(directory))
+    return files
+
+
+def completed(source: Source, params: dict[str, Any]) -> dict[str, Any]:
+    """params.json's keys with vocab_size and the tie as the tensors have them."""
+    params = {k: v for k, v in params.items() if v is not None}
+    if params.get("vocab_size", -1) < 0:
+        params["vocab_size"] = source.shape("tok_embeddings.weight")[0]
+    params.setdefault("tie_word_embeddings", "output.weight" not in source.names())
+    return params
+
+
+@contextlib.contextmanager
+def progress(source: Source, times: int, show: bool) -> Iterator[Any]:
+    """A bar over the source's tensors; yields step(name, tensor, dtype) -> (name, tensor in dtype)."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(source.names()) * times, desc="writing", unit="tensor", disable=not show) as bar:
+
+        def step(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
+            bar.update()
+            return name, tensor.to(dtype) if dtype else tensor
+
+        yield step
+
+
+def write_hf(
+    directory: str | Path,
+    source: Source,
+    args: ModelArgs,
+    tokenizer: Path | None = None,
+    dtype: torch.dtype | None = None,
+    max_shard_size: int | str = "5GB",
+    special_ids: dict[str, Any] | None = None,
+    show_progress: bool = False,
+) -> list[Path]:
+    """A directory that transformers loads: safetensors (with an index when several), config.json in both dialects,
+    generation_config.json, tokenizer files. `special_ids`: bos_token_id and eos_token_id (a number or a list)."""
+    from safetensors.torch import save_file
+
+    directory = Path(directory)
+    args = ModelArgs.from_dict(completed(source, args.to_dict()))
+    require_keys(source, args, "the weights")
+    target = hf.ToHF(source, args)
+    dtype = dtype or source.dtype("tok_embeddings.weight")
+    config = hf.config_from_args(args, dtype, special_ids)
+    groups = _grouped(target, dtype, parse_size(max_shard_size))
+    weight_map: dict[str, str] = {}
+    with progress(target, 1, show_progress) as step:
+        for i, names in enumerate(groups, 1):
+            file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            save_file(dict(step(n, target.read(n), dtype) for n in names), directory / file, {"format": "pt"})
+            weight_map |= {name: file for name in names}
+    if len(groups) > 1:
+        total = sum(_bytes(target, n, dtype) for n in target.names())
+        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", {"_from_model_config": True, **(special_ids or {})})
+    copy_tokenizer(tokenizer, directory)
+    if tokenizer and not (directory / "tokenizer_config.json").exists():
+        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    return [directory / file for file in sorted(set(weight_map.values()))]
+
+
+def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
+    """What transformers needs to open a bare tokenizer file. Llama 3's tiktoken file is not a format that it opens."""
+    if tokenizer.suffix == ".json":
+        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True, **marks}
+
+
+def special_ids(tokenizer: Any) -> dict[str, Any]:
+    """bos_token_id and eos_token_id (a list when an answer may end in several ways) of an opened tokenizer, or of None."""
+    stops = list(getattr(tokenizer, "eos_ids", ()))
+    ids = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    return {k: v for k, v in ids.items() if v is not None}
+
+
+def _bytes(source: Source, name: str, dtype: torch.dtype) -> int:
+    return torch.Size(source.shape(name)).numel() * dtype.itemsize
+
+
+def _grouped(source: Source, dtype: torch.dtype, limit: int) -> list[list[str]]:
+    """Names in order, in groups of at most `limit` bytes (a larger tensor is alone)."""
+    groups, size = [[]], 0  # type: ignore[var-annotated]
+    for name in source.names():
+        count = _bytes(source, name, dtype)
+        if groups[-1] and size + count > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(name)
+        size += count
+    return groups
+
+
+def parse_size(text: int | str) -> int:
+    """'5GB', '500MB', '100KB' or a number of bytes -> bytes (powers of ten, as Hugging Face counts)."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    word = str(text).strip().upper()
+    try:
+        size = int(float(word.removesuffix(word[-2:])) * units[word[-2:]]) if word[-2:] in units else int(word)
+    except ValueError:
+        size = 0
+    if size < 1:
+        raise ValueError(f"--max_shard_size {text}: expected a size such as 5GB or 500MB")
+    return size
+
+
+def copy_tokenizer(tokenizer: Path | None, directory: Path) -> None:
+    """The tokenizer's file under its standard name, with the files beside it that belong to it."""
+    if tokenizer is None:
+        return
+    if not tokenizer.is_file():
+        raise ValueError(f"--tokenizer_path {tokenizer}: no such file")
+    shutil.copyfile(tokenizer, directory / f"tokenizer{tokenizer.suffix}")
+    for name in TOKENIZER_FILES:
+        if (beside := tokenizer.with_name(name)).is_file() and not (directory / name).exists():
+            shutil.copyfile(beside, directory / name)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")

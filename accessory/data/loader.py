@@ -1,0 +1,117 @@
+"""Batches in an order that is a pure function of (seed, epoch, position): nothing here depends on what ran before.
+
+    one epoch   perm = a permutation of the examples drawn from (seed, epoch)
+    window w    perm[w*G : (w+1)*G], G = batch_size * accum_iter * dp_size: one optimizer step; the last may be short
+                | micro batch 0: rank 0 | rank 1 | ... | micro batch 1: rank 0 | rank 1 | ... |
+                  each cell `batch_size` examples; an empty cell is a filler sequence without labels
+
+So every rank gets `accum_iter` micro batches of every window (collectives meet), each example comes exactly once an
+epoch, and which examples a step sees does not depend on how G is divided into its three factors.
+
+Padding-free: a micro batch is its sequences one after the other, with positions from 0 in each and their edges in
+`cu_seqlens`. Legend: N tokens of a micro batch, S sequences in it. Ranks arrive as integers; tensors are on the CPU.
+Test: pytest tests/unit/test_loader.py
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .sft import Example, ordered_map, rng
+
+IGNORED = -100  # a label that is no target
+FILLER = Example(np.zeros(2, np.int32), 2)
+
+
+class Batch(NamedTuple):
+    """One micro batch of one rank, replicated across mp. Labels stand where their tokens stand: the model shifts."""
+
+    tokens: Tensor  # (1, N) int64
+    labels: Tensor  # (1, N) int64, -100 where nothing is learnt; always so at the first token of a sequence
+    positions: Tensor  # (1, N) int64, from 0 in every sequence
+    cu_seqlens: Tensor  # (S + 1,) int32, 0 ... N
+
+
+class Window(NamedTuple):
+    """One optimizer step's data. The two counts are of all ranks and micro batches, without fillers."""
+
+    micro_batches: list[Batch]  # this rank's, always accum_iter of them
+    num_tokens: int  # targets: what the summed loss is divided by
+    num_all_tokens: int
+    sample_ids: list[int]  # this rank's items of the data set, in their order
+
+
+def windows_per_epoch(n: int, batch_size: int, accum_iter: int, dp_size: int) -> int:
+    """Optimizer steps in an epoch over n examples, the last short one counted."""
+    return -(-n // (batch_size * accum_iter * dp_size))
+
+
+def train_windows(
+    dataset: Sequence[Example],
+    *,
+    batch_size: int,
+    accum_iter: int,
+    dp_rank: int,
+    dp_size: int,
+    seed: int,
+    epoch: int,
+    start_window: int = 0,
+    num_workers: int = 0,
+) -> Iterator[Window]:
+    """The windows of one epoch for one dp rank, from `start_window` on (a resumed run names the next one).
+
+    `num_workers` threads prepare windows ahead; they change nothing but the speed."""
+    assert 0 <= dp_rank < dp_size and batch_size > 0 and accum_iter > 0, (dp_rank, dp_size, batch_size, accum_iter)
+    total = windows_per_epoch(len(dataset), batch_size, accum_iter, dp_size)
+    assert 0 <= start_window <= total, (start_window, total)
+    perm = rng(seed, epoch).permutation(len(dataset))
+    group = batch_size * accum_iter * dp_size
+
+    def window(w: int) -> Window:
+        ids = perm[w * group : (w + 1) * group].tolist()
+        cells = [cell(ids, m * dp_size + dp_rank, batch_size) for m in range(accum_iter)]
+        examples = [dataset[i] for i in ids]
+        return Window(
+            micro_batches=[collate([dataset[i] for i in c] or [FILLER]) for c in cells],
+            num_tokens=sum(num_targets(e) for e in examples),
+            num_all_tokens=sum(len(e.ids) for e in examples),
+            sample_ids=[i for c in cells for i in c],
+        )
+
+    return ordered_map(window, range(start_window, total), num_workers)
+
+
+def eval_batches(dataset: Sequence[Example], *, eval_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+    """Every example exactly once over all ranks, in the data set's order; equally many batches on each (fillers)."""
+    assert 0 <= dp_rank < dp_size and eval_batch_size > 0, (dp_rank, dp_size, eval_batch_size)
+    ids = list(range(len(dataset)))
+    for step in range(windows_per_epoch(len(ids), eval_batch_size, 1, dp_size)):
+        chosen = cell(ids, step * dp_size + dp_rank, eval_batch_size)
+        yield collate([dataset[i] for i in chosen] or [FILLER])
+
+
+def cell(ids: list[int], index: int, batch_size: int) -> list[int]:
+    """The index-th run of batch_size ids; shorter, or empty, at the end."""
+    return ids[index * batch_size : (index + 1) * batch_size]
+
+
+def num_targets(example: Example) -> int:
+    """Tokens that a loss is computed on: neither the prompt's nor the sequence's first."""
+    return max(len(example.ids) - max(example.prompt_len, 1), 0)
+
+
+def collate(examples: list[Example]) -> Batch:
+    """Sequences -> one batch, end to end, without padding."""
+    lengths = np.array([len(e.ids) for e in examples])
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
+    tokens = np.concatenate([e.ids for e in examples]).astype(np.int64)
+    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    masked = np.repeat([max(e.prompt_len, 1) for e in examples], lengths)
+    labels = np.where(positions < masked, IGNORED, tokens)
+    cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
+    rows = (torch.from_numpy(array[None]) for array in (tokens, labels, positions))
+    return Batch(*rows, torch.from_numpy(cu_seqlens))

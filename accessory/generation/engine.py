@@ -1,0 +1,101 @@
+"""Generation: a key-value cache, greedy and temperature sampling over a batch of prompts of any lengths.
+
+    prefill   prompts side by side, padded on the right; a row's first new token comes from its own last position
+    decode    one token a row and step, written at the row's own position, over what the padding left there
+
+A query sees the keys up to its own position, so padding is never seen. Every rank calls `generate` alike; sampling draws on
+the CPU from a seed, the same on all ranks, so that mp ranks never disagree. Test: tests/unit/test_generation.py.
+
+Shapes: B prompts, T tokens of a step, S cache length, K kv heads, Dh head dim, V vocab, /mp = this rank's slice.
+"""
+
+from typing import Sequence
+
+import torch
+from torch import Tensor
+
+from accessory.parallel import groups
+
+
+class KVCache:
+    """Keys and values of all layers for B rows of at most S tokens; made at the first step, on its device and dtype."""
+
+    def __init__(self, layers: int, rows: int, length: int):
+        self.layers, self.rows, self.length = layers, rows, length
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.positions: Tensor | None = None  # (B, T) of the present step
+
+    def begin(self, positions: Tensor) -> None:
+        """Says where the tokens of the coming step stand; call before the model."""
+        self.positions = positions
+        slots = torch.arange(self.length, device=positions.device)
+        self.mask = (slots <= positions.unsqueeze(-1)).unsqueeze(1)  # (B, 1, T, S)
+        self.row = torch.arange(self.rows, device=positions.device).unsqueeze(1)  # (B, 1)
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        if len(self.keys) == layer:
+            shape = (self.rows, self.length, *keys.shape[2:])
+            self.keys.append(keys.new_zeros(shape))
+            self.values.append(values.new_zeros(shape))
+        self.keys[layer][self.row, self.positions] = keys
+        self.values[layer][self.row, self.positions] = values
+        return self.keys[layer], self.values[layer], self.mask
+
+
+@torch.no_grad()
+def generate(
+    model: torch.nn.Module,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    eos_ids: Sequence[int] = (),
+    seed: int = 0,
+) -> list[list[int]]:
+    """New token ids for each prompt (prompt and end token not included), at most max_new_tokens of them.
+
+    temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability (Holtzman et al. 2019).
+    Raises ValueError for an empty prompt. Every rank calls it with the same prompts."""
+    if not prompts or any(len(p) == 0 for p in prompts):
+        raise ValueError("a prompt is empty: give at least one token (the BOS id will do)")
+    was_training, device = model.training, groups.device()
+    model.eval()
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
+    for row, prompt in enumerate(prompts):
+        tokens[row, : len(prompt)] = torch.tensor(prompt)
+    tokens = tokens.to(device)
+    cache = KVCache(len(model.layers), len(prompts), tokens.shape[1] + max_new_tokens)
+    positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)
+    generator = torch.Generator().manual_seed(seed)
+    new: list[list[int]] = [[] for _ in prompts]
+    finished = [False] * len(prompts)
+    last = (lengths - 1).tolist()
+    for _ in range(max_new_tokens):
+        cache.begin(positions)
+        logits = model(tokens, positions=positions, cache=cache)  # (B, T, V)
+        logits = logits[torch.arange(len(prompts)), last if tokens.shape[1] > 1 else 0]  # (B, V)
+        chosen = choose(logits, temperature, top_p, generator)
+        for row, token in enumerate(chosen.tolist()):
+            finished[row] = finished[row] or token in eos_ids
+            if not finished[row]:
+                new[row].append(token)
+        if all(finished):
+            break
+        tokens, positions = chosen.unsqueeze(1).to(device), lengths.unsqueeze(1)
+        lengths = lengths + 1
+    model.train(was_training)
+    return new
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
+    """One token a row from logits (B, V): the largest, or a draw. (B,) on the CPU."""
+    if temperature <= 0:
+        return logits.argmax(-1).cpu()
+    probabilities = (logits.float().cpu() / temperature).softmax(-1)
+    if top_p < 1:
+        ranked, order = probabilities.sort(dim=-1, descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ranked)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1)

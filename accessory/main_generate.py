@@ -1,0 +1,80 @@
+"""Answer a prompt, or every line of a file, with any checkpoint: `python -m accessory.main_generate --pretrained_path DIR --prompt "..."`
+
+Runs in one process, or under torchrun with --model_parallel_size. stdout holds the answers and nothing else, one after the
+other; with --prompts_file one JSON object {"prompt", "answer"} a line.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from accessory import config
+from accessory.config import flag
+from accessory.data.templates import encode_prompt, prompt
+from accessory.generation.engine import generate
+from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
+from accessory.parallel import groups
+from accessory.parallel.fsdp import DTYPES
+from accessory.tokenizer import Tokenizer
+
+
+@dataclass
+class GenerateArgs:
+    """Generation"""
+
+    pretrained_path: str = flag("", "checkpoint directory (or .gguf), or an adapter saved by a run")
+    pretrained_type: str | None = flag(None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf"))
+    llama_config: list[str] = flag([], "params.json-style files; none: the checkpoint's own")
+    tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
+    prompt: str | None = flag(None, "one instruction")
+    prompts_file: str | None = flag(None, "a text file with one instruction on each line")
+    raw: bool = flag(False, "continue the text as it is, without the instruction template")
+    max_new_tokens: int = flag(128, "most tokens of an answer")
+    temperature: float = flag(0.0, "0: greedy; else sampling at this temperature")
+    top_p: float = flag(1.0, "sample from the smallest set of tokens with this much probability")
+    seed: int = flag(0, "of the sampling")
+    batch_size: int = flag(8, "prompts answered side by side")
+    model_parallel_size: int = flag(1, "ranks that share the model")
+    precision: str | None = flag(None, "of weights and arithmetic; none: the checkpoint's own", choices=tuple(DTYPES))
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_path:
+            raise ValueError("--pretrained_path is missing: name a checkpoint directory")
+        if (self.prompt is None) == (self.prompts_file is None):
+            raise ValueError("give one of --prompt and --prompts_file")
+        if self.max_new_tokens < 1 or self.batch_size < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
+            raise ValueError("--max_new_tokens and --batch_size are 1 or more, --temperature 0 or more, --top_p above 0 and at most 1")
+
+
+def main(args: GenerateArgs) -> None:
+    groups.init(args.model_parallel_size)
+    checkpoint, model_args = open_pretrained(args.pretrained_path, args.pretrained_type, args.llama_config)
+    path = args.tokenizer_path or checkpoint.tokenizer
+    if path is None:
+        raise ValueError(f"{args.pretrained_path} has no tokenizer beside it: name one with --tokenizer_path")
+    tokenizer = Tokenizer.open(path)
+    prompts = [args.prompt] if args.prompt is not None else [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    model = build(checkpoint, model_args, carried_tuning(checkpoint))
+    dtype = DTYPES[args.precision] if args.precision else checkpoint.source.dtype("tok_embeddings.weight")
+    fill(model, checkpoint, lambda name: dtype, groups.device(), show_progress=groups.rank() == 0)
+    model.eval().requires_grad_(False)
+    for start in range(0, len(prompts), args.batch_size):
+        some = prompts[start : start + args.batch_size]
+        ids = [encode_prompt(tokenizer, text if args.raw else prompt(text)) for text in some]
+        answers = generate(model, ids, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start)
+        for text, head, new in zip(some, ids, answers):
+            if groups.rank() == 0:
+                answer = tokenizer.decode(new, after=head).strip()
+                print(answer if args.prompt is not None else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False), flush=True)
+
+
+def entry(args: GenerateArgs) -> None:
+    with torch.inference_mode():
+        main(args)
+    groups.destroy()
+
+
+if __name__ == "__main__":
+    config.run(entry, GenerateArgs, doc=__doc__)

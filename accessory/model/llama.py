@@ -1,0 +1,278 @@
+"""One LLaMA: Llama 1 to 3.2, Code Llama, TinyLlama, SmolLM2, Mistral-7B, by configuration, tensor parallel throughout.
+
+    tokens -> tok_embeddings -> [ x + wo(attend(wq wk wv norm(x))) -> x + w2(silu(w1) * w3)(norm(x)) ] * n_layers -> norm -> output
+
+Column-parallel wq wk wv w1 w3 output, row-parallel wo w2, vocab-parallel embedding: two all-reduces a layer forward, two
+backward. Built on the meta device, filled by `from_pretrained` or `init_weights`. With labels, the loss is computed inside
+`forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Proof: tests/unit/test_llama.py, tests/dist/test_parity.py.
+
+Shapes: B batch, T tokens, D dim, H query heads, K kv heads, Dh head dim, F ffn, V vocab, /mp = this rank's slice.
+"""
+
+from typing import Any, Callable, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from accessory.model import rope
+from accessory.model.args import ModelArgs, check_model_parallel
+from accessory.model.attention import Segments, attend, segments
+from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
+from accessory.parallel import groups
+from accessory.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, copy_to_mp, gather_from_mp, vocab_range
+from accessory.parallel.loss import linear_cross_entropy
+
+# On which dim each weight is split over mp; a bias follows its weight's dim 0. The only place that knows.
+SHARD_DIM: dict[str, int | None] = {
+    **dict.fromkeys(("tok_embeddings", "wq", "wk", "wv", "w1", "w3", "output"), 0),
+    **dict.fromkeys(("wo", "w2"), 1),
+    **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), None),
+}
+
+
+def shard_dim(name: str) -> int | None:
+    """On which dim the parameter of this name (`layers.3.attention.wq.weight`) is split over mp; None: replicated.
+
+    Raises ValueError for a name no LLaMA has."""
+    parts = name.split(".")
+    module = parts[-3] if len(parts) > 2 and parts[-2] in ("lora_a", "lora_b") else parts[-2] if len(parts) > 1 else name
+    if module not in SHARD_DIM:
+        raise ValueError(f"{name}: not a parameter of a LLaMA")
+    dim = SHARD_DIM[module]
+    if parts[-2] in ("lora_a", "lora_b"):  # A is cut with the inputs, B with the outputs
+        return dim if (parts[-2] == "lora_b") == (dim == 0) else None
+    return dim if parts[-1] == "weight" or dim == 0 else None
+
+
+class Cache(Protocol):
+    """Keys and values of the tokens so far; generation/engine.py has the one implementation."""
+
+    def update(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Stores (B, T, K/mp, Dh) of a layer; returns all keys, all values (B, S, K/mp, Dh) and the mask (B, 1, T, S)."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the statistics in fp32. Replicated across mp."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(dim, device="meta"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over this rank's heads. At mp > n_kv_heads neighbouring ranks hold copies of one kv head."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.head_size = args.head_size
+        kv_heads = max(args.kv_heads, groups.mp_size())  # one per rank, copies counted
+        self.wq = ColumnLinear(args.dim, args.n_heads * args.head_size, bias=args.attention_bias)
+        self.wk = ColumnLinear(args.dim, kv_heads * args.head_size, bias=args.attention_bias)
+        self.wv = ColumnLinear(args.dim, kv_heads * args.head_size, bias=args.attention_bias)
+        self.wo = RowLinear(args.n_heads * args.head_size, args.dim, bias=args.attention_bias)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, layer: int) -> Tensor:
+        x = copy_to_mp(x)  # once for the three
+        q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.update(layer, k, v)
+        return self.wo(attend(q, k, v, packed, mask).flatten(2))  # (B, T, D)
+
+
+class FeedForward(nn.Module):
+    """w2(silu(w1 x) * w3 x) (Shazeer 2020)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        self.w1 = ColumnLinear(args.dim, args.ffn_dim, bias=args.mlp_bias)
+        self.w2 = RowLinear(args.ffn_dim, args.dim, bias=args.mlp_bias)
+        self.w3 = ColumnLinear(args.dim, args.ffn_dim, bias=args.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = copy_to_mp(x)
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F/mp) inside
+
+
+class Block(nn.Module):
+    """One layer. `checkpointing`: keep only its input and recompute in backward; names do not change with it."""
+
+    def __init__(self, index: int, args: ModelArgs):
+        super().__init__()
+        self.index, self.checkpointing = index, False
+        self.attention_norm = RMSNorm(args.dim, args.norm_eps)
+        self.attention = Attention(args)
+        self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
+        self.feed_forward = FeedForward(args)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None = None, cache: Cache | None = None) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.compute, x, cos, sin, packed, cache, use_reentrant=False)
+        return self.compute(x, cos, sin, packed, cache)
+
+    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, packed, cache, self.index)
+        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
+
+
+class Transformer(nn.Module):
+    """The model. Every rank of an mp group builds it and calls it with the same tokens; results are replicated across mp.
+
+    `model(tokens)` -> logits (B, T, V).  `model(tokens, labels=..)` -> (summed loss, number of supervised tokens, metrics)."""
+
+    def __init__(self, args: ModelArgs):
+        super().__init__()
+        groups.ensure()
+        if args.vocab_size < 1:
+            raise ValueError("params: vocab_size is not known; set it, or load a checkpoint or a tokenizer that tells")
+        check_model_parallel(args, groups.mp_size())
+        self.args = args
+        self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
+        self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
+        self.norm = RMSNorm(args.dim, args.norm_eps)
+        if not args.tie_word_embeddings:
+            self.output = ColumnParallelLinear(args.dim, self.tok_embeddings.num_embeddings)
+        self.freqs, self.rope_factor = rope.frequencies(args.head_size, args.rope_theta, args.rope_scaling)
+
+    @classmethod
+    def from_pretrained(cls, path, **options) -> "Transformer":
+        """A model with the weights in `path`, in any format that is read; see model/pretrained.py for the options."""
+        from accessory.model.pretrained import load
+
+        return load(path, **options)
+
+    def forward(
+        self,
+        tokens: Tensor,  # (B, T) int64
+        labels: Tensor | None = None,  # (B, T): aligned with tokens, -100 = no loss; shifted by one inside
+        positions: Tensor | None = None,  # (B, T): for the rotary embedding; default 0, 1, ... in each sequence
+        cu_seqlens: Tensor | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
+        cache: Cache | None = None,
+    ) -> Any:
+        packed = segments(tokens, cu_seqlens)
+        if positions is None:
+            positions = packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        self._check_window(packed.longest if packed else tokens.shape[1])
+        cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
+        x = self.tok_embeddings(tokens)  # (B, T, D)
+        for layer in self.layers:
+            x = layer(x, cos, sin, packed, cache)
+        x = self.norm(x)
+        if labels is None:
+            return gather_from_mp(F.linear(copy_to_mp(x), self.head))[..., : self.args.vocab_size]  # (B, T, V)
+        return self._loss(x, labels, packed)
+
+    @property
+    def head(self) -> Tensor:
+        """The head's weight, this rank's (padded V)/mp rows: the embedding's own when they are tied."""
+        return self.tok_embeddings.weight if self.args.tie_word_embeddings else self.output.weight
+
+    def _loss(self, x: Tensor, labels: Tensor, packed: Segments | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        targets = labels[:, 1:].reshape(-1)
+        if packed:  # a sequence's first token is nobody's target
+            targets = targets.index_fill(0, packed.starts[1:] - 1, -100)
+        rows = (targets != -100).nonzero().squeeze(1)
+        x = copy_to_mp(x[:, :-1].flatten(0, 1)[rows])  # (N, D): only rows with a label go through the head
+        loss, correct = linear_cross_entropy(x, self.head, targets[rows], self.args.vocab_size)
+        return loss, torch.tensor(len(rows), device=loss.device), {"correct": correct}
+
+    def _check_window(self, length: int) -> None:
+        window = self.args.sliding_window
+        if window and length > window:
+            raise ValueError(
+                f"a sequence of {length} tokens, but this model attends over a sliding window of {window}, which is not "
+                f"implemented: --max_seq_len {window} or less gives its exact results"
+            )
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+        """Random weights for training from nothing: normal of std 0.02 (0.02 / sqrt(2 n_layers) for wo, w2), norms 1, biases 0.
+
+        Drawn from (seed, name) for the whole matrix and then cut: the same model at every model-parallel size."""
+        for name, parameter in list(self.named_parameters()):
+            value = local_slice(self, name, lambda shape: self._draw(name, shape, seed))
+            set_parameter(self, name, value.to(device=device, dtype=dtype))
+        return self
+
+    def _draw(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+        if "norm." in name:
+            return torch.ones(shape)
+        if name.endswith(".bias"):
+            return torch.zeros(shape)
+        std = 0.02 / (2 * self.args.n_layers) ** 0.5 if shard_dim(name) == 1 else 0.02
+        return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(named_seed(seed, name)))
+
+
+def global_shape(args: ModelArgs, name: str, lora_rank: int = 0) -> tuple[int, ...]:
+    """The unsharded shape of a parameter, true vocabulary rows, each kv head once. Raises ValueError for a name no LLaMA has."""
+    q, kv = args.n_heads * args.head_size, args.kv_heads * args.head_size
+    shapes = {
+        **{"wq": (q, args.dim), "wk": (kv, args.dim), "wv": (kv, args.dim), "wo": (args.dim, q)},
+        **{"w1": (args.ffn_dim, args.dim), "w3": (args.ffn_dim, args.dim), "w2": (args.dim, args.ffn_dim)},
+        **{"tok_embeddings": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim)},
+        **{"attention_norm": (args.dim,), "ffn_norm": (args.dim,), "norm": (args.dim,)},
+    }
+    parts = name.split(".")
+    adapter = parts[-2] if len(parts) > 2 and parts[-2] in ("lora_a", "lora_b") else None
+    module = parts[-3] if adapter else parts[-2] if len(parts) > 1 else name
+    if module not in shapes or parts[-1] not in ("weight", "bias"):
+        raise ValueError(f"{name}: not a parameter of a LLaMA")
+    out, *rest = shapes[module]
+    if adapter:
+        return (lora_rank, *rest) if adapter == "lora_a" else (out, lora_rank)
+    return (out,) if parts[-1] == "bias" else (out, *rest)
+
+
+def local_range(args: ModelArgs, name: str) -> tuple[int | None, int, int]:
+    """(dim, start, stop): the part of the unsharded parameter that this mp rank holds; (None, 0, 0) for all of it."""
+    dim = shard_dim(name)
+    if dim is None:
+        return None, 0, 0
+    size, rank = groups.mp_size(), groups.mp_rank()
+    module = next(m for m in reversed(name.split(".")) if m in SHARD_DIM)
+    if module in ("tok_embeddings", "output"):
+        return dim, *vocab_range(args.vocab_size)
+    if module in ("wk", "wv") and size > args.kv_heads:  # copies of whole heads on neighbouring ranks
+        head = rank // (size // args.kv_heads)
+        return dim, head * args.head_size, (head + 1) * args.head_size
+    whole = global_shape(args, name, lora_rank=1)[dim]
+    return dim, rank * whole // size, (rank + 1) * whole // size
+
+
+def local_slice(model: Transformer, name: str, draw: Callable[[tuple[int, ...]], Tensor]) -> Tensor:
+    """This rank's part, padded to its parameter's shape, of what `draw(unsharded shape)` gives."""
+    parameter = model.get_parameter(name)
+    rank = parameter.shape[0] if ".lora_a." in name else parameter.shape[-1] if ".lora_b." in name else 0
+    dim, start, stop = local_range(model.args, name)
+    whole = draw(global_shape(model.args, name, lora_rank=rank))
+    return pad_rows(whole if dim is None else whole.narrow(dim, start, stop - start).clone(), parameter.shape)
+
+
+def pad_rows(tensor: Tensor, shape: torch.Size) -> Tensor:
+    """Zero rows below, up to `shape`: the last ranks' share of a vocabulary that mp does not divide."""
+    missing = shape[0] - tensor.shape[0]
+    return torch.cat((tensor, tensor.new_zeros(missing, *tensor.shape[1:]))) if missing else tensor
+
+
+def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
+    """Replaces a (meta) parameter by `value`, of the same shape, frozen or not as it was."""
+    owner, _, key = name.rpartition(".")
+    old = model.get_parameter(name)
+    assert old.shape == value.shape, f"{name}: {tuple(value.shape)} for a parameter of {tuple(old.shape)}"
+    setattr(model.get_submodule(owner), key, nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point()))
+
+
+def kv_copied(name: str) -> bool:
+    """Whether this parameter is held in copies by neighbouring ranks when mp > n_kv_heads (rows of wk, wv)."""
+    parts = name.split(".")
+    return ("wk" in parts or "wv" in parts) and shard_dim(name) == 0
+
+
+assert set(LINEARS) <= set(SHARD_DIM) and all(SHARD_DIM[n] == 0 for n in COLUMN)

@@ -1,0 +1,180 @@
+"""LoRA inside the parallel linears, and which parameters train.
+
+    column (wq wk wv w1 w3):  y = W x + s B A x     A [r, in] replicated,      B [out/mp, r]   A's gradient is this rank's addend
+    row    (wo w2):           y = sum(W x + s B A x)  A [r, in/mp],            B [out, r] replicated, B's gradient an addend
+
+s = alpha / rank (Hu et al. 2021). The row layer's low-rank addend joins the one all-reduce it makes anyway. Addends are summed
+over mp once a step: `partial_grad` names them, parallel/grads.py sums. Proof: tests/dist/test_parity.py.
+"""
+
+import difflib
+import fnmatch
+import hashlib
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from accessory.config import flag
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, reduce_from_mp
+
+COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
+LINEARS = COLUMN + ROW
+
+
+@dataclass
+class TuningArgs:
+    """What is trained"""
+
+    lora_rank: int = flag(0, "rank of the LoRA adapters; 0: no LoRA, everything is trained unless another flag says less")
+    lora_alpha: float | None = flag(None, "LoRA's scale is lora_alpha / lora_rank; none: lora_rank, a scale of 1")
+    lora_dropout: float = flag(0.0, "dropout on the adapters' input")
+    lora_targets: list[str] = flag(LINEARS, "which linears get an adapter", choices=LINEARS)
+    modules_to_save: list[str] = flag([], "modules trained in full beside the adapters, e.g. tok_embeddings,output")
+    bias_tuning: bool = flag(False, "give the seven linears biases (zero at first) and train them")
+    norm_tuning: bool = flag(False, "train the norms")
+    trainable: list[str] = flag([], "train exactly the parameters matching these names or globs; a leading ! freezes, e.g. '!layers.0'")
+
+    def __post_init__(self) -> None:
+        if self.lora_rank < 0:
+            raise ValueError(f"--lora_rank {self.lora_rank}: expected 0 (none) or more")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"--lora_dropout {self.lora_dropout}: expected 0 or more, below 1")
+        if self.lora_rank and not self.lora_targets:
+            raise ValueError(f"--lora_targets is empty with --lora_rank {self.lora_rank}: name some of {', '.join(LINEARS)}")
+
+    @property
+    def scale(self) -> float:
+        return (self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank if self.lora_rank else 0.0
+
+    @property
+    def partly(self) -> bool:
+        """Whether something is frozen: the base then stays in the file's dtype and only the trained part is saved."""
+        return bool(self.lora_rank or self.bias_tuning or self.norm_tuning or self.modules_to_save or self.trainable)
+
+
+class LoRA:
+    """What both linears share: the adapter's two matrices as submodules, so that names read `wq.lora_a.weight`."""
+
+    def __init__(self, *sizes: int, bias: bool = False):
+        super().__init__(*sizes, bias=bias)
+        self.lora_a: nn.Linear | None = None
+        self.lora_b: nn.Linear | None = None
+        self.lora_scale, self.lora_dropout = 0.0, 0.0
+
+    def add_lora(self, rank: int, scale: float, dropout: float) -> None:
+        """Adds empty (meta) adapters of this rank's slice sizes; `initial_value` or a file fills them."""
+        out_features, in_features = self.weight.shape  # this rank's slice
+        self.lora_a = nn.Linear(in_features, rank, bias=False, device="meta")
+        self.lora_b = nn.Linear(rank, out_features, bias=False, device="meta")
+        self.lora_scale, self.lora_dropout = scale, dropout
+
+    def low_rank(self, x: Tensor) -> Tensor:
+        """s B A x: (.., in) -> (.., out) of this rank's slices."""
+        x = F.dropout(x, self.lora_dropout, self.training)
+        return self.lora_b(self.lora_a(x)) * self.lora_scale
+
+
+class ColumnLinear(LoRA, ColumnParallelLinear):
+    """Column-parallel linear with room for an adapter. x: replicated, already through `copy_to_mp`."""
+
+    def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
+        y = F.linear(x, self.weight, self.bias)
+        return y if self.lora_a is None else y + self.low_rank(x)
+
+
+class RowLinear(LoRA, RowParallelLinear):
+    """Row-parallel linear with room for an adapter. x: this rank's slice of the features; y: replicated."""
+
+    def partial(self, x: Tensor) -> Tensor:  # (.., in/mp) -> (.., out), an addend
+        y = F.linear(x, self.weight)
+        return y if self.lora_a is None else y + self.low_rank(x)
+
+
+def partial_grad(name: str) -> bool:
+    """Whether this parameter is replicated while each mp rank's backward gives only its addend of the gradient."""
+    parts = name.split(".")
+    if "lora_a" in parts:
+        return parts[-3] in COLUMN
+    return "lora_b" in parts and parts[-3] in ROW
+
+
+def linears(model: nn.Module, targets: list[str] | tuple[str, ...] = LINEARS):
+    """(name, linear) for every layer's linear of these kinds, in order."""
+    return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA) and n.rsplit(".", 1)[-1] in targets]
+
+
+def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
+    """Adds what fine-tuning needs beside the checkpoint's weights, empty: adapters, and biases where there are none."""
+    for name, linear in linears(model):
+        if tuning.lora_rank and name.rsplit(".", 1)[-1] in tuning.lora_targets:
+            linear.add_lora(tuning.lora_rank, tuning.scale, tuning.lora_dropout)
+        if tuning.bias_tuning and linear.bias is None:
+            linear.bias = nn.Parameter(torch.empty(linear.weight.shape[0], device="meta"))
+
+
+def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
+    """This rank's part of a parameter that no file gives: A as PEFT starts it (Kaiming, a = sqrt 5), B and biases zero.
+
+    Drawn from (seed, name) for the whole matrix and then cut, so every mp rank and every layout starts equal."""
+    from accessory.model.llama import local_slice  # one rule for cutting
+
+    if ".lora_a." not in name:
+        return torch.zeros(model.get_parameter(name).shape)
+    return local_slice(model, name, lambda shape: _kaiming(name, shape, seed))
+
+
+def _kaiming(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(named_seed(seed, name))
+    bound = 1 / math.sqrt(shape[1])  # kaiming_uniform_(a=sqrt(5)): sqrt(6 / (1 + 5) / fan_in)
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def named_seed(seed: int, name: str) -> int:
+    """A 63-bit seed from (seed, name): the same on every machine and in every process, unlike hash()."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {name}".encode()).digest()[:8], "little") >> 1
+
+
+def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
+    """Sets requires_grad on every parameter and returns the trained names, in the model's order.
+
+    Raises ValueError for a name that matches nothing and for an empty set."""
+    names = [n for n, _ in model.named_parameters()]
+    wanted = [p for p in tuning.trainable if not p.startswith("!")]
+    frozen = [p[1:] for p in tuning.trainable if p.startswith("!")]
+    saved = ["tok_embeddings" if m == "output" and "output.weight" not in names else m for m in tuning.modules_to_save]
+    for flag_name, patterns in (("trainable", wanted + frozen), ("modules_to_save", saved)):
+        for pattern in patterns:
+            if not any(_matches(n, pattern) for n in names):
+                near = difflib.get_close_matches(pattern, names + sorted({p for n in names for p in n.split(".")}), n=1)
+                raise ValueError(f"--{flag_name} {pattern}: no parameter matches" + (f"; did you mean {near[0]}?" if near else ""))
+    if wanted:
+        chosen = [n for n in names if any(_matches(n, p) for p in wanted)]
+    elif tuning.lora_rank or tuning.bias_tuning or tuning.norm_tuning or saved:
+        chosen = [n for n in names if _tuned(n, tuning, saved)]
+    else:
+        chosen = names
+    chosen = [n for n in chosen if not any(_matches(n, p) for p in frozen)]
+    if not chosen:
+        raise ValueError(f"--trainable {','.join(tuning.trainable)}: nothing is left to train")
+    keep = set(chosen)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in keep)
+    return chosen
+
+
+def _matches(name: str, pattern: str) -> bool:
+    """A glob over the whole name, or a run of its dotted parts: 'layers.0', 'attention.wq', 'norm', 'layers.*.wq.weight'."""
+    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
+
+
+def _tuned(name: str, tuning: TuningArgs, saved: list[str]) -> bool:
+    if ".lora_" in name:
+        return True
+    if name.endswith(".bias"):
+        return tuning.bias_tuning or any(_matches(name, m) for m in saved)
+    if "norm." in name and tuning.norm_tuning:
+        return True
+    return any(_matches(name, m) for m in saved)

@@ -1,0 +1,138 @@
+"""From a checkpoint, in any format that is read, to a model on this rank: `Transformer.from_pretrained(path)` and its steps.
+
+    open_pretrained -> sizes -> build: Transformer on meta, adapters, keys checked -> fill: one parameter's slice at a time
+
+Strict: a missing, unexpected or mis-shaped key is an error that lists them; only what fine-tuning adds may be absent.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import nn
+
+from accessory.model.args import ModelArgs, read_params
+from accessory.model.llama import Transformer, global_shape, local_range, pad_rows, set_parameter
+from accessory.model.lora import TuningArgs, add_tuning, initial_value
+from accessory.parallel import groups
+
+
+def load(
+    path: str | Path,
+    model_parallel_size: int = 1,
+    pretrained_type: str | None = None,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    llama_config: Sequence[str | Path] = (),
+) -> Transformer:
+    """A model for inference or research, in eval mode: Meta, Accessory, Hugging Face, GGUF, or an adapter saved by a run.
+
+    Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
+    logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU.
+    Raises ValueError naming file and key for anything that does not fit."""
+    groups.init(model_parallel_size, on=device)
+    checkpoint, args = open_pretrained(path, pretrained_type, llama_config)
+    model = build(checkpoint, args, carried_tuning(checkpoint))
+    dtype = dtype or checkpoint.source.dtype("tok_embeddings.weight")
+    fill(model, checkpoint, dtype_of=lambda name: dtype, device=groups.device())
+    return model.eval()
+
+
+def open_pretrained(
+    path: str | Path, pretrained_type: str | None = None, llama_config: Sequence[str | Path] = (), base: str | Path | None = None
+) -> tuple[Any, ModelArgs]:
+    """(Checkpoint, ModelArgs) without reading weights. `llama_config` files replace the checkpoint's own params; `base`
+    says where an adapter's base is now. Vocabulary and tying come from the tensors where the files leave them open."""
+    from accessory.checkpoint.formats import open_checkpoint
+
+    checkpoint = open_checkpoint(path, pretrained_type, base)
+    params = read_params(llama_config) if llama_config else dict(checkpoint.params)
+    if not params:
+        raise ValueError(f"{path} has no params.json or config.json: name one with --llama_config (see model_configs/)")
+    for key in ("attention_bias", "mlp_bias"):  # told by the tensors
+        params.setdefault(key, checkpoint.params.get(key))
+    args = ModelArgs.from_dict(params, " + ".join(map(str, llama_config)) if llama_config else str(path))
+    names = set(checkpoint.source.names())
+    if "tok_embeddings.weight" not in names:
+        raise ValueError(f"{path}: there is no tok_embeddings.weight in it: not a whole LLaMA checkpoint")
+    if args.tie_word_embeddings is False and "output.weight" not in names:
+        raise ValueError(f"{path}: output.weight is missing, while its params say tie_word_embeddings is false")
+    rows = checkpoint.source.shape("tok_embeddings.weight")[0]
+    tied = args.tie_word_embeddings if args.tie_word_embeddings is not None else "output.weight" not in names
+    return checkpoint, replace(args, vocab_size=rows if args.vocab_size < 1 else args.vocab_size, tie_word_embeddings=tied)
+
+
+def carried_tuning(checkpoint: Any) -> TuningArgs:
+    """The adapters that the checkpoint itself brings; no tuning when it brings none."""
+    terms = checkpoint.adapter or {}
+    return TuningArgs(**{k: v for k, v in terms.items() if k in TuningArgs.__dataclass_fields__})
+
+
+def build(checkpoint: Any, args: ModelArgs, tuning: TuningArgs) -> Transformer:
+    """The empty model with what the tuning adds; every key and shape checked against the files."""
+    model = Transformer(args)
+    add_tuning(model, tuning)
+    check_keys(model, checkpoint, tuning)
+    return model
+
+
+def check_keys(model: Transformer, checkpoint: Any, tuning: TuningArgs) -> None:
+    """Raises ValueError with the first missing, unexpected and mis-shaped keys and how many of each there are."""
+    found = set(checkpoint.source.names())
+    expected = {name: global_shape(model.args, name, tuning.lora_rank) for name, _ in model.named_parameters()}
+    spare = {"output.weight"} if model.args.tie_word_embeddings else set()  # a tied model's file may repeat the embedding
+    shapes = {n: tuple(checkpoint.source.shape(n)) for n in expected if n in found}
+    report = {
+        "missing": [n for n in expected if n not in found and not _added(n, tuning)],
+        "unexpected": sorted(found - set(expected) - spare),
+        "of another shape": [f"{n} {list(shapes[n])}, not {list(expected[n])}" for n in shapes if shapes[n] != expected[n]],
+    }
+    parts = [f"{len(v)} {k}: {', '.join(v[:3])}{', ...' if len(v) > 3 else ''}" for k, v in report.items() if v]
+    if parts:
+        remedy = "check --llama_config against the checkpoint's own params.json, and that every shard is there"
+        raise ValueError(f"{checkpoint.path} does not fit the model's sizes: {'; '.join(parts)}: {remedy}")
+
+
+def _added(name: str, tuning: TuningArgs) -> bool:
+    return ".lora_" in name or (tuning.bias_tuning and name.endswith(".bias"))
+
+
+def fill(
+    model: Transformer,
+    checkpoint: Any,
+    dtype_of: Callable[[str], torch.dtype | None],
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    after_block: Callable[[nn.Module], None] | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Reads this rank's slice of every parameter, one at a time. dtype_of(name): None keeps the file's.
+
+    `after_block(layer)` is called once a layer is full, so that it can be sharded over dp before the next one is read."""
+    from tqdm import tqdm
+
+    source, known = checkpoint.source, set(checkpoint.source.names())
+
+    def fill_one(name: str) -> None:
+        if name in known:
+            dim, start, stop = local_range(model.args, name)
+            value = source.read(name) if dim is None else source.read(name, dim, start, stop)
+            value = pad_rows(value, model.get_parameter(name).shape)
+        else:
+            value = initial_value(model, name, seed)
+        set_parameter(model, name, value.to(device=device, dtype=dtype_of(name) or value.dtype))
+
+    names = [n for n, _ in model.named_parameters()]
+    with tqdm(total=len(names), desc="loading weights", unit="tensor", disable=not show_progress, leave=False) as bar:
+        for index, layer in enumerate(model.layers):
+            for name in [f"layers.{index}.{n}" for n, _ in layer.named_parameters()]:
+                fill_one(name)
+                bar.update()
+            if after_block:
+                after_block(layer)
+        for name in (n for n in names if not n.startswith("layers.")):
+            fill_one(name)
+            bar.update()
+    left = [n for n, p in model.named_parameters() if p.is_meta]
+    assert not left, f"never filled: {left[:3]}"

@@ -1,0 +1,196 @@
+"""Who works with whom: model-parallel (mp) and data-parallel (dp) groups, from fairscale, with device meshes derived from them.
+
+    world of 8, mp 4:      mp groups, adjacent     [0 1 2 3] [4 5 6 7]     share one replica of the model
+                           dp groups, strided      [0 4] [1 5] [2 6] [3 7] hold the same slice, see other data
+    4 query-head groups, 2 kv heads:  kv groups    [0 1] [2 3] ...         hold the same kv head
+
+Everything runs on CPU with gloo too. World size 1 is a case, not a branch: `init()` without torchrun makes a one-rank group
+over an in-memory store (no port), so a notebook needs no launcher.
+"""
+
+import contextlib
+import io
+import os
+from datetime import timedelta
+
+import fairscale.nn.model_parallel.initialize as fairscale_groups
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+_cache: dict = {}  # meshes and kv groups of the present world; emptied by destroy()
+
+
+def device() -> torch.device:
+    """This rank's device: the GPU of LOCAL_RANK, or the CPU where there is none (or none was asked for)."""
+    return _cache.get("device") or default_device()
+
+
+def default_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def init(model_parallel_size: int = 1, on: torch.device | str | None = None, timeout_minutes: float = 30) -> None:
+    """Makes the groups. Every rank calls it; calling again with the same size is harmless.
+
+    Raises ValueError when the size does not divide the number of processes (fairscale alone would clamp it in silence)."""
+    where = torch.device(on) if on is not None else default_device()
+    if not dist.is_initialized():
+        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+            backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        else:
+            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.get_world_size()
+    if model_parallel_size < 1 or world % model_parallel_size:
+        allowed = [n for n in range(1, world + 1) if world % n == 0]
+        raise ValueError(
+            f"--model_parallel_size {model_parallel_size} does not fit the {world} running process(es): use "
+            f"{' or '.join(map(str, allowed))}, or start a multiple of {max(model_parallel_size, 1)} (--nproc_per_node)"
+        )
+    if fairscale_groups.model_parallel_is_initialized():
+        if mp_size() != model_parallel_size:
+            raise ValueError(f"model_parallel_size {model_parallel_size}: this process already runs at {mp_size()}")
+        return
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
+        fairscale_groups.initialize_model_parallel(model_parallel_size)
+    _cache["device"] = where
+
+
+def ensure() -> None:
+    """Makes a one-rank world when nothing was set up: what a notebook needs. Under torchrun `init()` comes first."""
+    if not fairscale_groups.model_parallel_is_initialized():
+        init(1)
+
+
+def destroy() -> None:
+    """Forgets groups and process group; every rank calls it. A barrier first, or a late rank may see its peers vanish."""
+    if dist.is_initialized():
+        dist.barrier()
+        fairscale_groups.destroy_model_parallel()
+        _cache.clear()
+        dist.destroy_process_group()
+
+
+def forget_model_parallel() -> None:
+    """Keeps the process group and forgets its division, so that `init` can divide it anew (a pool of test workers does)."""
+    fairscale_groups.destroy_model_parallel()
+    _cache.clear()
+
+
+def mp_group() -> dist.ProcessGroup:
+    return fairscale_groups.get_model_parallel_group()
+
+
+def dp_group() -> dist.ProcessGroup:
+    return fairscale_groups.get_data_parallel_group()
+
+
+def mp_size() -> int:
+    return fairscale_groups.get_model_parallel_world_size()
+
+
+def mp_rank() -> int:
+    return fairscale_groups.get_model_parallel_rank()
+
+
+def dp_size() -> int:
+    return fairscale_groups.get_data_parallel_world_size()
+
+
+def dp_rank() -> int:
+    return fairscale_groups.get_data_parallel_rank()
+
+
+def rank() -> int:
+    """Global rank; 0 when nothing is set up, so that printing code needs no case."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def kv_group(n_kv_heads: int) -> dist.ProcessGroup | None:
+    """The neighbouring mp ranks that hold the same kv head; None unless mp > n_kv_heads. Collective at the first call."""
+    copies = mp_size() // n_kv_heads
+    if copies <= 1:
+        return None
+    key = ("kv", copies)
+    if key not in _cache:
+        for first in range(0, world_size(), copies):  # mp ranks are adjacent and copies divides mp
+            ranks = list(range(first, first + copies))
+            group = dist.new_group(ranks)
+            if rank() in ranks:
+                _cache[key] = group
+    return _cache[key]
+
+
+def mesh() -> DeviceMesh:
+    """The whole world as ("dp", "mp"), over fairscale's own groups. For checkpoints. Collective at the first call."""
+    if "mesh" not in _cache:
+        ranks = torch.arange(world_size()).view(-1, mp_size())
+        _cache["mesh"] = DeviceMesh.from_group([dp_group(), mp_group()], device().type, mesh=ranks, mesh_dim_names=("dp", "mp"))
+    return _cache["mesh"]
+
+
+def dp_mesh(data_parallel: str) -> DeviceMesh:
+    """The mesh FSDP shards over: 1-D over dp for fsdp and sdp; (replicate = dp, shard = 1) for ddp. Collective at first."""
+    key = ("dp_mesh", data_parallel == "ddp")
+    if key not in _cache:
+        if data_parallel == "ddp":
+            shape, names = (dp_size(), 1, mp_size()), ("replicate", "shard", "mp")
+            _cache[key] = init_device_mesh(device().type, shape, mesh_dim_names=names)["replicate", "shard"]
+        else:
+            _cache[key] = DeviceMesh.from_group(dp_group(), device().type, mesh_dim_names=("dp",))
+    return _cache[key]
+
+
+def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None, op: str = "sum") -> Tensor:
+    """In place, over `group` (None: the world); returns the tensor. Every rank of the group calls it."""
+    dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)
+    return tensor
+
+
+def all_gather_object(value) -> list:
+    """`value` of every rank, by global rank. Every rank calls it. Plain Python data only."""
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def broadcast_object(value):
+    """Rank 0's value on every rank. Every rank calls it. Plain Python data only."""
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_over_mp(tensor: Tensor) -> list[Tensor]:
+    """The mp ranks' tensors, of one shape, in rank order, on every mp rank. Collective over mp."""
+    if mp_size() == 1:
+        return [tensor]
+    parts = [torch.empty_like(tensor) for _ in range(mp_size())]
+    dist.all_gather(parts, tensor.contiguous(), group=mp_group())
+    return parts
+
+
+def barrier() -> None:
+    dist.barrier()
+
+
+def together(error: BaseException | None) -> None:
+    """Every rank calls it after a step that may fail on some rank only: all raise if one failed, none is left waiting.
+
+    The failing rank raises its own error; the others a ValueError with the first failing rank's text."""
+    texts = all_gather_object(None if error is None else f"{error}" or type(error).__name__)
+    if error is not None:
+        raise error
+    for other, text in enumerate(texts):
+        if text is not None:
+            raise ValueError(text if text.startswith("rank ") else f"rank {other}: {text}")

@@ -1,0 +1,219 @@
+"""The one training loop, and the only backward().
+
+    window (all micro batches of a step) -> forward, backward * accum_iter -> mp sums -> norm -> clip -> step
+        -> every logging_steps: metrics.jsonl; eval_steps: validation, samples; save_steps: a checkpoint; SIGTERM: save and leave
+
+Loss and gradient are sums over supervised tokens divided by their number in the whole window over all dp ranks, known before
+the first backward: how a window is cut into ranks and micro batches does not change the result. Test: tests/dist, tests/e2e.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from accessory import log
+from accessory.config import flag
+from accessory.data.loader import eval_batches, train_windows, windows_per_epoch
+from accessory.parallel import groups
+from accessory.parallel.fsdp import gradients_travel
+from accessory.parallel.grads import GradientRules
+from accessory.train import optim
+from accessory.train.state import Late, StopSignal, Stopwatch, TrainState, reseed
+
+MAX_SKIPPED_IN_A_ROW = 20
+
+
+@dataclass
+class LoopArgs:
+    """The loop"""
+
+    batch_size: int = flag(4, "sequences per data-parallel rank in one micro batch")
+    eval_batch_size: int | None = flag(None, "the same for validation; none: batch_size")
+    accum_iter: int = flag(1, "micro batches per optimizer step")
+    epochs: int = flag(3, "passes over the training data")
+    max_steps: int | None = flag(None, "optimizer steps, instead of epochs")
+    logging_steps: int = flag(1, "a metrics.jsonl line every so many steps")
+    eval_steps: float = flag(0, "validate every so many steps; below 1: a share of the run; 0: after each epoch. Always at step 0 and at the end")
+    save_steps: float = flag(0, "save every so many steps; below 1: a share of the run; 0: after each epoch. Always at the end")
+    metric: str = flag("val_loss", "what the best checkpoint is judged by", choices=("val_loss", "val_perplexity", "val_accuracy"))
+    seed: int = flag(0, "of the data's order, dropout and new weights")
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "accum_iter", "epochs", "logging_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
+        for name in ("eval_batch_size", "max_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more, or none")
+        if self.eval_steps < 0 or self.save_steps < 0:
+            raise ValueError("--eval_steps and --save_steps cannot be negative")
+
+    def total_steps(self, windows: int) -> int:
+        return self.max_steps if self.max_steps is not None else self.epochs * windows
+
+
+def every(steps: float, max_steps: int, windows: int) -> int:
+    """--eval_steps or --save_steps as a whole number of steps: a count, a share of the run, or (0) an epoch."""
+    return windows if steps == 0 else math.ceil(steps * max_steps) if steps < 1 else int(steps)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch's tensors on the device; the bounds of its sequences stay on the host, where they are read."""
+    if device.type == "cpu":
+        return batch
+    return type(batch)(*(t.pin_memory().to(device, non_blocking=True) for t in batch))
+
+
+def fit(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rules: GradientRules,
+    objective: Callable,
+    train_set: Sequence,
+    state: TrainState,
+    args: LoopArgs,
+    optim_args: optim.OptimArgs,
+    *,
+    precision: str,
+    data_parallel: str,
+    num_workers: int,
+    run_log: log.RunLog,
+    evaluate: Callable[[], dict[str, float]] | None,
+    sample: Callable[[int], None] | None,
+    save_best: bool,
+    save: Callable[[TrainState], None],
+) -> TrainState:
+    """Trains from `state` to the last step. Every rank calls it with its own dp view of the same data.
+
+    Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite gradient. Returns the state reached; it is
+    short of the last step only after SIGTERM or SIGINT, and saved."""
+    device, dp_size = groups.device(), groups.dp_size()
+    windows = windows_per_epoch(len(train_set), args.batch_size, args.accum_iter, dp_size)
+    max_steps = args.total_steps(windows)
+    eval_every, save_every = every(args.eval_steps, max_steps, windows), every(args.save_steps, max_steps, windows)
+    scale, in_a_row = optim.LossScale(precision, device), torch.zeros((), device=device)
+    if state.loss_scale:
+        scale.load_state_dict(state.loss_scale)
+    signals, clock, late = StopSignal(), Stopwatch(), None
+    logged_tokens, logged_seconds = 0, 0.0
+    saved_at = state.step if state.step else None
+
+    def validate() -> None:
+        if evaluate is not None:
+            state.metrics = evaluate()
+            better = state.metrics[args.metric] if args.metric == "val_accuracy" else -state.metrics[args.metric]
+            if state.best is None or better > state.best:
+                state.best, state.best_step = better, state.step
+            run_log.write({"step": state.step, "epoch": state.epoch + state.window / windows, **state.metrics})
+            log.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in state.metrics.items()), groups.rank())
+        if sample is not None:
+            sample(state.step)
+        model.train()
+
+    def report(late: Late, record: dict[str, Any]) -> None:
+        """Writes a finished step's line and stops a run that no longer learns. `late` was read from the device meanwhile."""
+        nonlocal logged_tokens, logged_seconds
+        loss, norm, skipped, row = late.read()
+        state.skipped_steps = int(skipped)
+        if row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(f"step {record['step']}: the gradient was not finite for {int(row)} steps in a row; lower --lr, or train in bf16 or fp32 (--precision)")
+        logged_tokens += record.pop("window_tokens")
+        logged_seconds += record.pop("seconds")
+        if record["step"] % args.logging_steps and record["step"] != max_steps:
+            return
+        speed = logged_tokens / max(logged_seconds, 1e-9)
+        logged_tokens, logged_seconds = 0, 0.0
+        record |= {"loss": loss, "grad_norm": norm, "tokens_per_second": round(speed, 2), "memory_gb": round(log.peak_memory_gb(), 3), "skipped_steps": int(skipped)}
+        run_log.write(record)
+        run_log.step(record["step"], {"loss": f"{loss:.4f}", "lr": f"{record['lr']:.2e}", "tokens/s": f"{speed:.0f}", "GB": f"{record['memory_gb']:.1f}"})
+
+    if state.step == 0:
+        validate()
+    model.train()
+    run_log.start_bar(state.step)
+    skipped_total = torch.tensor(float(state.skipped_steps), device=device)
+    clock.lap()
+    stop = False
+    while state.step < max_steps and not stop:
+        stream = train_windows(
+            train_set, batch_size=args.batch_size, accum_iter=args.accum_iter, dp_rank=groups.dp_rank(), dp_size=dp_size,
+            seed=args.seed, epoch=state.epoch, start_window=state.window, num_workers=num_workers,
+        )  # fmt: skip
+        for window in stream:
+            reseed(args.seed, state.step, groups.dp_rank())
+            lr = optim.lr_at(state.step, max_steps, optim_args)
+            loss_sum = torch.zeros((), device=device)
+            for index, batch in enumerate(window.micro_batches):
+                gradients_travel(model, data_parallel, last=index + 1 == len(window.micro_batches))
+                loss, _, _ = objective(model, to_device(batch, device))
+                # FSDP averages over dp; dividing before backward keeps fp16 sums from overflowing
+                (loss * (scale.value * (dp_size / max(1, window.num_tokens)))).backward()
+                loss_sum += loss.detach()
+            rules.sum_partial()
+            norm = rules.global_norm() / scale.value
+            found_inf = (~norm.isfinite()).float()
+            rules.scale(_factor(norm, optim_args.clip_grad, scale.value))
+            optim.step(optimizer, lr, found_inf)
+            scale.update(found_inf)
+            skipped_total = skipped_total + found_inf
+            in_a_row = (in_a_row + 1) * found_inf
+            loss_mean = groups.all_reduce(loss_sum, groups.dp_group()) / max(1, window.num_tokens)
+
+            state.step += 1
+            state.window += 1
+            state.tokens += window.num_all_tokens
+            state.supervised_tokens += window.num_tokens
+            if state.window == windows:
+                state.epoch, state.window = state.epoch + 1, 0
+            if late is not None:
+                report(*late)
+            record = {"step": state.step, "epoch": round(state.epoch + state.window / windows, 6), "lr": lr, "tokens": state.tokens, "window_tokens": window.num_all_tokens, "seconds": clock.lap()}
+            late = (Late(torch.stack((loss_mean, norm, skipped_total, in_a_row))), record)
+
+            stop = groups.all_reduce(torch.tensor(float(signals.received is not None))).item() > 0
+            done = stop or state.step >= max_steps
+            evaluates, saves = done or state.step % eval_every == 0, done or state.step % save_every == 0
+            if evaluates or saves:
+                report(*late)
+                late = None
+                if evaluates and not stop:
+                    validate()
+                    saves = saves or (save_best and state.best_step == state.step)
+                if saves and saved_at != state.step:
+                    state.loss_scale = scale.state_dict() if scale.active else {}
+                    save(state)
+                    saved_at = state.step
+                clock.lap()
+            if done:
+                break
+    signals.restore()
+    return state
+
+
+def _factor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:
+    """What gradients are multiplied by: the clipping of their norm, and fp16's loss scale taken out."""
+    clip = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad > 0 else torch.ones_like(norm)
+    return clip / loss_scale
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, objective: Callable, dataset: Sequence, batch_size: int, show_progress: bool) -> dict[str, float]:
+    """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks.
+
+    Every rank calls it; the result is the same on all."""
+    from tqdm import tqdm
+
+    was_training, device = model.training, groups.device()
+    model.eval()
+    sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, correct
+    batches = eval_batches(dataset, eval_batch_size=batch_size, dp_rank=groups.dp_rank(), dp_size=groups.dp_size())
+    for batch in tqdm(batches, desc="validating", unit="batch", disable=not show_progress, leave=False):
+        loss, count, metrics = objective(model, to_device(batch, device))
+        sums += torch.stack((loss.double(), count.double(), metrics["correct"].double()))
+    loss, count, correct = groups.all_reduce(sums, groups.dp_group()).tolist()
+    model.train(was_training)
+    mean = loss / max(1, count)
+    return {"val_loss": mean, "val_perplexity": math.exp(min(mean, 700)), "val_accuracy": correct / max(1, count)}

@@ -1,0 +1,114 @@
+"""AdamW, learning-rate schedules as pure functions of the step, and fp16's loss scale.
+
+    lr(step) = warm-up (linear from 0)  ->  cosine | linear | constant | polynomial | cosine_with_restarts | wsd
+
+Steps are optimizer steps. Schedules follow Hugging Face's formulae where they share a name, with a floor `--min_lr`; wsd
+(warm-up, stable, decay) is MiniCPM's with a linear last tenth.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from accessory.config import flag
+
+SCHEDULES = ("cosine", "linear", "constant", "polynomial", "cosine_with_restarts", "wsd")
+WSD_DECAY_SHARE = 0.1
+POLYNOMIAL_POWER = 2.0
+RESTARTS = 3  # cycles of cosine_with_restarts
+
+
+@dataclass
+class OptimArgs:
+    """Optimizer and schedule"""
+
+    lr: float = flag(2e-5, "peak learning rate")
+    min_lr: float = flag(0.0, "floor of the schedule")
+    lr_scheduler: str = flag("cosine", "shape after the warm-up", choices=SCHEDULES)
+    warmup_ratio: float = flag(0.03, "share of all steps that warms up; --warmup_steps wins")
+    warmup_steps: int | None = flag(None, "steps that warm up, instead of a share")
+    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
+    adam_betas: list[float] = flag([0.9, 0.95], "AdamW's two betas")
+    adam_eps: float = flag(1e-8, "AdamW's epsilon")
+    clip_grad: float = flag(1.0, "largest norm of the whole gradient; 0: no clipping")
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_lr <= self.lr:
+            raise ValueError(f"--min_lr {self.min_lr} with --lr {self.lr}: expected 0 <= min_lr <= lr")
+        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
+            raise ValueError(f"--adam_betas {','.join(map(str, self.adam_betas))}: expected two numbers, 0 or more and below 1")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: expected a share between 0 and 1")
+        if (self.warmup_steps or 0) < 0 or self.clip_grad < 0 or self.weight_decay < 0:
+            raise ValueError("--warmup_steps, --clip_grad and --weight_decay cannot be negative")
+
+    def warmup(self, max_steps: int) -> int:
+        return self.warmup_steps if self.warmup_steps is not None else math.ceil(max_steps * self.warmup_ratio)
+
+
+def lr_at(step: int, max_steps: int, args: OptimArgs) -> float:
+    """Learning rate of optimizer step `step` (0 is the first) of `max_steps`."""
+    warmup = args.warmup(max_steps)
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = min(1.0, (step - warmup) / max(1, max_steps - warmup))
+    return args.min_lr + (args.lr - args.min_lr) * _shape(args.lr_scheduler, progress)
+
+
+def _shape(name: str, progress: float) -> float:
+    """1 at the start; what is left of the peak at `progress` in [0, 1]."""
+    if name == "constant":
+        return 1.0
+    if name == "linear":
+        return 1.0 - progress
+    if name == "polynomial":
+        return (1.0 - progress) ** POLYNOMIAL_POWER
+    if name == "wsd":
+        return min(1.0, (1.0 - progress) / WSD_DECAY_SHARE)
+    if name == "cosine_with_restarts":
+        progress = 1.0 if progress >= 1.0 else (progress * RESTARTS) % 1.0
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def adamw(model: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
+    """Fused AdamW over what requires a gradient; matrices decay, norms and biases do not."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1]
+    plain = [p for p in trained if p.ndim <= 1]
+    param_groups = [{"params": ps, "weight_decay": wd} for ps, wd in ((decayed, args.weight_decay), (plain, 0.0)) if ps]
+    return torch.optim.AdamW(param_groups, lr=args.lr, betas=tuple(args.adam_betas), eps=args.adam_eps, fused=True)
+
+
+def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) -> None:
+    """One update, or none where `found_inf` (a scalar on the device, equal on all ranks) is 1: decided without a sync."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # the fused kernel's own protocol, as GradScaler uses it
+    optimizer.step()
+    del optimizer.grad_scale, optimizer.found_inf
+    optimizer.zero_grad(set_to_none=True)
+
+
+class LossScale:
+    """fp16's factor on the loss: doubled after 2000 good steps, halved after a bad one, all on the device. 1 otherwise."""
+
+    def __init__(self, precision: str, device: torch.device):
+        self.active = precision == "fp16"
+        self.value = torch.tensor(2.0**16 if self.active else 1.0, device=device)
+        self.good = torch.zeros((), device=device)
+
+    def update(self, found_inf: Tensor) -> None:
+        if self.active:
+            self.good = torch.where(found_inf > 0, 0.0, self.good + 1)
+            grown = torch.where(self.good >= 2000, self.value * 2, self.value)
+            self.good = torch.where(self.good >= 2000, 0.0, self.good)
+            self.value = torch.where(found_inf > 0, (self.value / 2).clamp(min=1.0), grown)
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value.item(), "good": self.good.item()}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.value.fill_(state["value"])
+        self.good.fill_(state["good"])

@@ -1,0 +1,95 @@
+"""What a run will do and hold, before it starts: parameters, the trained set, memory per rank, steps, tokens.
+
+    weights + gradients + moments   exact: counted from the model, cut over mp and dp
+    gathered layers                 what FSDP puts together at one moment, in the compute dtype
+    activations                     8 D + 4 F values a token and layer with autograd's saved tensors; checkpointing keeps D
+    the program itself              Python, torch, libraries: measured
+
+The largest micro batch counts: the `batch_size` longest examples. docs/parallelism.md has the estimate beside measured peaks.
+"""
+
+from typing import Any
+
+import torch
+
+from accessory.model.llama import Transformer, global_shape
+from accessory.model.lora import TuningArgs
+from accessory.parallel import groups
+from accessory.parallel.fsdp import DTYPES, ParallelArgs
+from accessory.parallel.loss import CHUNK_BYTES
+
+PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
+SAVED_PER_TOKEN = (8, 4)  # values of D and of F that one layer keeps a token for backward
+
+
+def plan(model: Transformer, checkpoint: Any, tuning: TuningArgs, parallel: ParallelArgs, loop_args: Any, optim_args: Any, train_set: Any, max_steps: int, max_seq_len: int) -> dict[str, Any]:
+    """The figures, from the empty model. Bytes in 10^9 (GB). No weights are read."""
+    dp = 1 if parallel.data_parallel == "ddp" else groups.dp_size()
+    known = set(checkpoint.source.names())
+    compute = DTYPES[parallel.precision].itemsize
+    longest = sorted((len(train_set[i].ids) for i in range(len(train_set))), reverse=True)[: loop_args.batch_size]
+    tokens = sum(longest)
+    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
+    trained_count, frozen_count = (sum(p.numel() for _, p in ps) for ps in (trained, frozen))
+    frozen_bytes = sum(p.numel() * (checkpoint.source.dtype(n).itemsize if n in known else 4) for n, p in frozen)
+    block = sum(p.numel() for p in model.layers[0].parameters())
+    root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
+    gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
+    gigabytes = {
+        "weights": (trained_count * 4 + frozen_bytes) / dp,
+        "gradients": trained_count * 4 / dp,
+        "optimizer": trained_count * 8 / dp,
+        "gathered": gathered * compute,
+        "activations": activations(model, tokens, compute, parallel.checkpointing),
+        "loss": 3 * CHUNK_BYTES + (4 * model.head.numel() if model.head.requires_grad else 0),
+        "program": PROGRAM_GB * 1e9 if groups.device().type == "cpu" else 0,
+    }
+    totals = whole_counts(model, trained)
+    report = train_set.report
+    return {
+        "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]), "lora_rank": tuning.lora_rank,
+        "mp": groups.mp_size(), "dp": groups.dp_size(), "data_parallel": parallel.data_parallel, "precision": parallel.precision,
+        "gigabytes": {k: v / 1e9 for k, v in gigabytes.items()}, "steps": max_steps, "warmup": optim_args.warmup(max_steps),
+        "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size(), "largest_micro_batch": tokens,
+        "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens, "max_seq_len": max_seq_len,
+    }  # fmt: skip
+
+
+def activations(model: Transformer, tokens: int, compute: int, checkpointing: bool) -> float:
+    """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens."""
+    args, mp, layers = model.args, groups.mp_size(), len(model.layers)
+    per_layer = tokens * compute * (SAVED_PER_TOKEN[0] * args.dim + SAVED_PER_TOKEN[1] * args.ffn_dim / mp)
+    if checkpointing:
+        return layers * tokens * compute * args.dim + per_layer
+    return layers * per_layer
+
+
+def whole_counts(model: Transformer, trained: list) -> tuple[int, int]:
+    """(all, trained) parameters of the unsharded model: true vocabulary rows, kv heads once, adapters whole."""
+    names = {n for n, _ in trained}
+    everything = learned = 0
+    for name, parameter in model.named_parameters():
+        rank = parameter.shape[0] if ".lora_a." in name else parameter.shape[-1]
+        count = torch.Size(global_shape(model.args, name, rank)).numel()
+        everything += count
+        learned += count if name in names else 0
+    return everything, learned
+
+
+def kinds(names: list[str]) -> list[str]:
+    """Parameter names with the layer's number as *, each once: the trained set in a few words."""
+    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in n.split(".")) for n in names))
+
+
+def lines(figures: dict[str, Any]) -> list[str]:
+    """The plan in words."""
+    gb = figures["gigabytes"]
+    share = figures["trained"] / figures["parameters"]
+    parts = ", ".join(f"{k} {v:.2f}" for k, v in gb.items() if v >= 0.005)
+    return [
+        f"model: {figures['parameters']:,} parameters; trained: {figures['trained']:,} ({share:.2%}): {', '.join(figures['trained_names'])}",
+        f"layout: model parallel {figures['mp']} x data parallel {figures['dp']} ({figures['data_parallel']}), {figures['precision']}",
+        f"memory per rank: about {sum(gb.values()):.2f} GB at the peak ({parts}) with a micro batch of {figures['largest_micro_batch']} tokens",
+        f"steps: {figures['steps']} of {figures['sequences_per_step']} sequences (warm-up {figures['warmup']}); an epoch is {figures['tokens_per_epoch']:,} tokens, {figures['supervised_per_epoch']:,} with loss",
+    ]

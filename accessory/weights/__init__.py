@@ -1,0 +1,164 @@
+"""Pure maps between layouts of weights: a lazy source in, a lazy source out. No files, no process groups, CPU only.
+
+    shards of m ranks ---- reshard.Merged ---\\
+    Hugging Face names --- hf.FromHF ---------+--> Source: whole tensors, Meta's names --> reshard.split / hf.ToHF / lora.Merged
+    GGUF names ----------- gguf.FromGGUF ----/
+
+A `Source` knows names, shapes and dtypes without touching data and reads one slice at a time, so the largest thing ever held
+is one slice. The objects that open files are in `accessory/checkpoint/`. Tests: tests/unit/test_reshard.py, test_hf.py.
+"""
+
+from typing import Any, Mapping, Protocol
+
+import torch
+from torch import Tensor
+
+from accessory.model.args import ModelArgs
+from accessory.model.llama import global_shape
+
+LORA_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
+IGNORED_SUFFIXES = ("rope.freqs", ".rotary_emb.inv_freq")  # tables that old files carry; the model computes its own
+
+
+class Source(Protocol):
+    """A lazy, whole (unsharded) view of named tensors."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """The slice [start:stop) of `name` on `dim` (the whole tensor when dim is None): a fresh CPU tensor that owns its
+        memory and no more. KeyError for a name that is not in names()."""
+        ...
+
+
+class TensorSource:
+    """Tensors in memory as a Source."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+
+    def names(self) -> list[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self.tensors[name].shape)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return owned_slice(self.tensors[name].detach(), dim, start, stop)
+
+
+class Renamed:
+    """A source under other names: `names` maps each new name to the old one; what is not in it disappears."""
+
+    def __init__(self, source: Source, names: Mapping[str, str]) -> None:
+        self.source, self.map = source, dict(names)
+
+    def names(self) -> list[str]:
+        return list(self.map)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.shape(self.map[name])
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self.source.dtype(self.map[name])
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.source.read(self.map[name], dim, start, stop)
+
+
+class Overlay:
+    """Two sources as one: what `top` has wins over `base`."""
+
+    def __init__(self, base: Source, top: Source) -> None:
+        self.base, self.top = base, top
+        self._top = set(top.names())
+
+    def names(self) -> list[str]:
+        return [n for n in self.base.names() if n not in self._top] + self.top.names()
+
+    def _of(self, name: str) -> Source:
+        return self.top if name in self._top else self.base
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._of(name).shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._of(name).dtype(name)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._of(name).read(name, dim, start, stop)
+
+
+def owned_slice(tensor: Tensor, dim: int | None, start: int, stop: int | None) -> Tensor:
+    """A contiguous copy of tensor[start:stop) on `dim`, so that no view keeps a file mapped or a big storage alive."""
+    if dim is not None:
+        stop = tensor.shape[dim] if stop is None else stop
+        assert 0 <= start <= stop <= tensor.shape[dim], f"slice [{start}:{stop}) of {tuple(tensor.shape)} on dim {dim}"
+        tensor = tensor.narrow(dim, start, stop - start)
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def is_lora(name: str) -> bool:
+    return name.endswith(LORA_SUFFIXES)
+
+
+def base_weight(name: str) -> str:
+    """layers.0.attention.wq.lora_a.weight -> layers.0.attention.wq.weight"""
+    return name.rsplit(".", 2)[0] + ".weight"
+
+
+def expected_shapes(args: ModelArgs, tied: bool) -> dict[str, tuple[int, ...]]:
+    """Name -> whole shape of every parameter of the model, from its args alone; needs a true vocab_size."""
+    assert args.vocab_size > 0, "vocab_size is still -1"
+    names = ["tok_embeddings.weight"]
+    for layer in range(args.n_layers):
+        for module in ("attention.wq", "attention.wk", "attention.wv", "attention.wo"):
+            names += [f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias")[: 1 + args.attention_bias]]
+        for module in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
+            names += [f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias")[: 1 + args.mlp_bias]]
+        names += [f"layers.{layer}.attention_norm.weight", f"layers.{layer}.ffn_norm.weight"]
+    names += ["norm.weight"] if tied else ["norm.weight", "output.weight"]
+    return {name: global_shape(args, name) for name in names}
+
+
+def check_keys(source: Source, args: ModelArgs, adapter: dict[str, Any] | None = None) -> dict[str, list[str]]:
+    """What stands between the source and the model: {"missing": [...], "unexpected": [...], "mis-shaped": [...]}.
+
+    LoRA keys are expected only where the checkpoint's `adapter` says that it has some."""
+    names = {n for n in source.names() if not n.endswith(IGNORED_SUFFIXES) and not (adapter and is_lora(n))}
+    if args.vocab_size < 0:
+        rows = source.shape("tok_embeddings.weight")[0] if "tok_embeddings.weight" in names else 1
+        args = ModelArgs.from_dict(args.to_dict() | {"vocab_size": rows})
+    tied = "output.weight" not in names if args.tie_word_embeddings is None else args.tie_word_embeddings
+    expected = expected_shapes(args, tied)
+    wrong = [n for n in expected if n in names and source.shape(n) != expected[n]]
+    return {
+        "missing": [n for n in expected if n not in names],
+        "unexpected": sorted(names - set(expected)),
+        "mis-shaped": [f"{n} is {_x(source.shape(n))}, not {_x(expected[n])}" for n in wrong],
+    }
+
+
+def require_keys(source: Source, args: ModelArgs, where: object, adapter: dict[str, Any] | None = None) -> None:
+    """Raises ValueError with `check_keys`' report in one line, naming `where`; says nothing when every key fits."""
+    report = {kind: found for kind, found in check_keys(source, args, adapter).items() if found}
+    if not report:
+        return
+    parts = [f"{len(v)} {k} ({', '.join(v[:4])}{', ...' if len(v) > 4 else ''})" for k, v in report.items()]
+    remedy = "the sizes in params.json or --llama_config belong to another model" if "mis-shaped" in report else (
+        "a shard or file of this checkpoint is missing, or the sizes (n_layers, tie_word_embeddings) belong to another model"
+        if "missing" in report
+        else "the checkpoint holds more than this model has: check n_layers, attention_bias, mlp_bias, tie_word_embeddings"
+    )
+    raise ValueError(f"{where}: does not fit the model: {'; '.join(parts)}: {remedy}")
+
+
+def _x(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape))

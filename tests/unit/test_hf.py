@@ -1,0 +1,207 @@
+"""Meta <-> Hugging Face: names, rows of q and k, both dialects of config.json; transformers is the judge of the logits."""
+
+import itertools
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from accessory.checkpoint.formats import open_checkpoint
+from accessory.checkpoint.formats_write import parse_size, special_ids, write_hf, write_meta
+from accessory.model import Transformer
+from accessory.model.args import ModelArgs
+from accessory.tokenizer import Tokenizer
+from accessory.weights import TensorSource, expected_shapes, hf
+from tests.unit.test_reshard import random_tensors
+
+SIZES = dict(dim=48, n_layers=2, n_heads=6, hidden_dim=40, vocab_size=53)
+STORIES = Path(__file__).resolve().parents[2].parent / "shared/assets/stories260K"
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+
+
+def make(**keys) -> ModelArgs:
+    return ModelArgs.from_dict(SIZES | {"tie_word_embeddings": False} | keys)
+
+
+def test_names_go_both_ways() -> None:
+    for name in expected_shapes(make(attention_bias=True, mlp_bias=True), tied=False):
+        assert hf.meta_name(hf.hf_name(name)) == name
+    assert hf.hf_name("layers.11.attention.wk.bias") == "model.layers.11.self_attn.k_proj.bias"
+    assert hf.meta_name("model.layers.0.mlp.experts.0.w1.weight") is None and hf.hf_name("layers.0.attention.wq.lora_a.weight") is None
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("kv_heads", [1, 2, 3, 6])
+def test_round_trip_is_bit_equal(tmp_path: Path, kv_heads: int, dtype: torch.dtype) -> None:
+    args = make(n_kv_heads=kv_heads, head_dim=10, attention_bias=True, mlp_bias=True)
+    tensors = random_tensors(args, dtype=dtype)
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "meta").mkdir()
+    write_hf(tmp_path / "hf", TensorSource(tensors), args)
+    there = open_checkpoint(tmp_path / "hf")
+    write_meta(tmp_path / "meta", there.source, there.params)
+    back = open_checkpoint(tmp_path / "meta")
+    assert back.source.names() == list(tensors)
+    assert all(torch.equal(back.source.read(n), t) and back.source.dtype(n) == dtype for n, t in tensors.items())
+    assert ModelArgs.from_dict(back.params) == ModelArgs.from_dict(args.to_dict() | {"max_position_embeddings": 4096})
+    changed = [n for n in tensors if not torch.equal(hf.ToHF(TensorSource(tensors), args).read(hf.hf_name(n)), tensors[n])]
+    assert changed and all(re.search(r"\.w[qk]\.(weight|bias)$", n) for n in changed)
+
+
+MODELS = {
+    "mha": {},
+    "gqa tied": {"n_kv_heads": 2, "tie_word_embeddings": True},
+    "mqa, biases, head_dim": {"n_kv_heads": 1, "attention_bias": True, "mlp_bias": True, "head_dim": 10},
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "rope_theta": 5000.0},
+    "ntk": {"rope_scaling": {"rope_type": "ntk", "factor": 3.0}},
+    "llama3": {"rope_scaling": LLAMA3, "rope_theta": 500000.0, "n_kv_heads": 3},
+    "yarn": {"rope_scaling": YARN, "max_position_embeddings": 64},
+    "mistral": {"sliding_window": 32, "n_kv_heads": 2, "norm_eps": 1e-6},
+}
+
+
+@pytest.mark.parametrize("keys", MODELS.values(), ids=MODELS)
+def test_transformers_loads_what_we_write_and_computes_the_same(tmp_path: Path, keys: dict) -> None:
+    transformers = pytest.importorskip("transformers")
+    args = make(**keys)
+    tensors = {n: t * 0.2 for n, t in random_tensors(args).items()}
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "meta").mkdir()
+    write_hf(tmp_path / "hf", TensorSource(tensors), args, max_shard_size="20KB", special_ids={"bos_token_id": 1, "eos_token_id": [2, 3]})
+    peer, info = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    assert peer.generation_config.eos_token_id == [2, 3] and peer.config.bos_token_id == 1
+    tokens = torch.randint(0, 53, (2, 24), generator=torch.Generator().manual_seed(1))
+    write_meta(tmp_path / "meta", TensorSource(tensors), args.to_dict())
+    with torch.no_grad():
+        truth = peer.eval()(tokens).logits
+        for path in ("meta", "hf"):
+            ours = Transformer.from_pretrained(tmp_path / path)(tokens)
+            assert (ours - truth).abs().max() <= 2e-5 * truth.abs().max(), path
+
+
+def test_what_transformers_writes_today_is_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=50,
+        rope_parameters={**LLAMA3, "rope_theta": 70000.0},
+    )
+    model = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    assert "rope_theta" not in json.loads((tmp_path / "config.json").read_text())
+    checkpoint = open_checkpoint(tmp_path)
+    args = ModelArgs.from_dict(checkpoint.params)
+    assert (args.rope_theta, args.rope_scaling, args.n_kv_heads, args.norm_eps) == (70000.0, LLAMA3, 2, 1e-6)
+    state = model.state_dict()
+    for name in checkpoint.source.names():
+        assert torch.equal(hf.ToHF(checkpoint.source, args).read(hf.hf_name(name)), state[hf.hf_name(name)])
+
+
+OLD = {
+    "model_type": "llama",
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "intermediate_size": 40,
+    "vocab_size": 53,
+}
+
+
+@pytest.mark.parametrize(
+    "extra, expected",
+    [
+        ({}, {"rope_theta": 10000.0, "norm_eps": 1e-6, "max_position_embeddings": 2048, "n_kv_heads": 6}),
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5}),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, {"rope_scaling": {"rope_type": "linear", "factor": 4.0}}),
+        ({"rope_scaling": LLAMA3, "rope_theta": 5e5}, {"rope_scaling": LLAMA3, "rope_theta": 5e5}),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, {"rope_theta": 5e5}),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}, "max_position_embeddings": 99},
+            {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 99}},
+        ),
+        ({"model_type": "mistral"}, {"sliding_window": 4096, "n_kv_heads": 8, "n_heads": 8}),
+        ({"model_type": "mistral", "sliding_window": None}, {"n_kv_heads": 8}),
+        ({"tie_word_embeddings": True, "head_dim": 16}, {"tie_word_embeddings": True, "head_dim": 16}),
+    ],
+)
+def test_both_dialects_of_config(extra: dict, expected: dict) -> None:
+    config = OLD | extra | ({"num_attention_heads": 8} if extra.get("model_type") else {})
+    params = hf.params_from_config(config)
+    assert {k: params.get(k) for k in expected} == expected
+    assert extra.get("sliding_window", 1) is not None or "sliding_window" not in params
+    ModelArgs.from_dict(params)
+
+
+@pytest.mark.parametrize(
+    "extra, message",
+    [
+        ({"model_type": "gemma"}, r"config\.json: model_type 'gemma' is another architecture: only llama and mistral are read"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config: the weights are quantised"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling 'dynamic'"),
+        ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta 10000.0 and rope_parameters.rope_theta 500000.0 disagree"),
+        ({"hidden_size": None}, None),
+    ],
+)
+def test_other_models_are_refused_by_name(extra: dict, message: str | None) -> None:
+    config = {k: v for k, v in (OLD | extra).items() if v is not None}
+    with pytest.raises(ValueError, match=message or "config.json: hidden_size is missing"):
+        hf.params_from_config(config)
+
+
+def test_both_dialects_are_written() -> None:
+    config = hf.config_from_args(make(rope_scaling=LLAMA3, rope_theta=5e5), torch.bfloat16)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] == 5e5
+    assert config["rope_scaling"]["rope_type"] == config["rope_parameters"]["rope_type"] == "llama3"
+    assert config["torch_dtype"] == config["dtype"] == "bfloat16"
+    assert hf.params_from_config(config)["rope_scaling"] == LLAMA3
+
+
+def test_lora_must_be_merged_first(tmp_path: Path) -> None:
+    args = make()
+    with pytest.raises(ValueError, match=r"lora_a\.weight is a LoRA weight.*tools/merge_lora\.py"):
+        hf.ToHF(TensorSource(random_tensors(args, lora_rank=2)), args)
+
+
+def test_a_tied_model_is_written_without_its_head(tmp_path: Path) -> None:
+    tensors = random_tensors(make())
+    write_hf(tmp_path, TensorSource(tensors), make(tie_word_embeddings=True)) if False else None
+    target = hf.ToHF(TensorSource(tensors), make(tie_word_embeddings=True))
+    assert "lm_head.weight" not in target.names() and "model.embed_tokens.weight" in target.names()
+
+
+def test_sizes_of_files() -> None:
+    assert [parse_size(s) for s in ("5GB", "1.5 MB", "20kb", 7)] == [5 * 10**9, 1_500_000, 20_000, 7]
+    for wrong in ("5XB", "", "0", "-1GB"):
+        with pytest.raises(ValueError, match="--max_shard_size"):
+            parse_size(wrong)
+
+
+@pytest.mark.skipif(not STORIES.is_dir(), reason="real checkpoints are not here")
+def test_tokenizer_goes_along(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    checkpoint = open_checkpoint(STORIES / "meta")
+    tokenizer = Tokenizer.open(checkpoint.tokenizer)
+    args = ModelArgs.from_dict(checkpoint.params)
+    write_hf(tmp_path, checkpoint.source, args, checkpoint.tokenizer, special_ids=special_ids(tokenizer))
+    text = "Once upon a time, Lily had 3 dogs."
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path)(text)["input_ids"] == tokenizer.encode(text, bos=True)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    greedy = json.loads((STORIES / "expected.json").read_text())["greedy_from_bos_ids"][:20]
+    assert peer.generate(torch.tensor([[1]]), max_new_tokens=19, do_sample=False)[0].tolist() == greedy
+    assert list(itertools.islice(open_checkpoint(tmp_path).source.names(), 1)) == ["tok_embeddings.weight"]
