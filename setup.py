@@ -1,8 +1,8 @@
 """Packaging of `accessory`. `constraints.txt` pins the versions that are tested; the ranges here say what it can work with.
 
-    pip install torch==2.13.0                                   first and by itself, CPU or CUDA as you like (any torch >= 2.10)
-    pip install setuptools                                      fairscale is a source package and builds with the setuptools you have
-    pip install --no-build-isolation -c constraints.txt -e ".[hf,gguf,tensorboard]"
+pip install torch==2.13.0                                   first and by itself, CPU or CUDA as you like (any torch >= 2.10)
+pip install setuptools                                      fairscale is a source package and builds with the setuptools you have
+pip install --no-build-isolation -c constraints.txt -e ".[hf,gguf,tensorboard]"
 """
 
 from setuptools import find_packages, setup

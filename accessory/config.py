@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import json
 import os
+import re
 import sys
 import time
 import types
@@ -17,6 +18,7 @@ import typing
 from pathlib import Path
 from typing import Any, Callable, Sequence
 
+FLAG = re.compile(r"--|-[a-zA-Z]")  # what fire takes for a flag: -1e-5 is a value
 TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 
 
@@ -49,18 +51,26 @@ def parse(argv: list[str], *sections: type, doc: str = "") -> list[Any]:
         print(help_text(sections, doc))
         raise SystemExit(0)
     types_ = {name: hint for section in sections for name, hint in typing.get_type_hints(section).items()}
-    given = {name: convert(name, raw, types_[name], fields[name].metadata.get("choices")) for name, raw in split(argv, list(fields)).items()}
+    given = {name: convert(name, raw, types_[name], fields[name].metadata.get("choices")) for name, raw in split(argv, list(fields), switches(types_)).items()}
     instances = [section(**{f.name: given[f.name] for f in dataclasses.fields(section) if f.name in given}) for section in sections]
     for instance in instances:
         instance.given = frozenset(given)  # which flags were written out: they win over configuration files
     return instances
 
 
-def split(argv: list[str], known: list[str]) -> dict[str, str]:
-    """argv -> {name: raw string}, through fire. Unknown flags and stray words are errors that name the nearest flag."""
+def switches(hints: dict[str, Any]) -> set[str]:
+    """The flags that may stand alone, meaning true."""
+    return {name for name, hint in hints.items() if hint is bool or bool in typing.get_args(hint)}
+
+
+def split(argv: list[str], known: list[str], alone: set[str]) -> dict[str, str]:
+    """argv -> {name: raw string}, through fire. Unknown flags and stray words are errors that name the nearest flag.
+
+    A flag without a value is "true" if it is in `alone`, and an error if it is not."""
     import fire
 
     given: dict[str, str] = {}
+    argv = [with_value(word, following, known, alone) for word, following in zip(argv, [*argv[1:], "--"])]
 
     @fire.decorators.SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
@@ -74,6 +84,18 @@ def split(argv: list[str], known: list[str]) -> dict[str, str]:
         if name not in known:
             raise ValueError(unknown_name("flag", f"--{name}", [f"--{k}" for k in known]))
     return given
+
+
+def with_value(word: str, following: str, known: list[str], alone: set[str]) -> str:
+    """A flag that no value follows, with one. (fire would take --norm_tuning alone for rm_tuning set to false.)"""
+    if word == "--":
+        raise ValueError("'--' is not a flag: write --name value")
+    if not FLAG.match(word) or "=" in word or not FLAG.match(following):
+        return word
+    name = word.lstrip("-").replace("-", "_")
+    if name in known and name not in alone:
+        raise ValueError(f"--{name} has no value: write --{name} value, or --{name}=value where the value starts with a dash")
+    return f"{word}=true"
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
@@ -139,7 +161,7 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
         print(f"{Path(sys.argv[0]).name} {shown}\n\n{function.__doc__ or ''}")
         raise SystemExit(0)
     try:
-        given = {name: convert(name, raw, hints[name]) for name, raw in split(argv, list(names)).items()}
+        given = {name: convert(name, raw, hints[name]) for name, raw in split(argv, list(names), switches(hints)).items()}
         missing = [n for n in names if n not in defaults and n not in given]
         if missing:
             raise ValueError(f"--{missing[0]} is missing: --help shows what this tool takes")

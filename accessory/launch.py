@@ -28,7 +28,7 @@ def main(argv: list[str]) -> int:
     if args.nproc_per_node.isdigit() and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(args.nproc_per_node)))
-    for name in ("torch.distributed.elastic", "torch.distributed.run", "torch.distributed.launcher"):
+    for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     try:
         run(args)

@@ -32,7 +32,7 @@ from accessory.parallel.fsdp import ParallelArgs, sharder
 from accessory.parallel.grads import GradientRules
 from accessory.tokenizer import Tokenizer
 from accessory.train import loop, objectives, optim, plan
-from accessory.train.state import TrainState
+from accessory.train.state import Stopwatch, TrainState
 
 MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
 SAMPLE_TOKENS = 64
@@ -88,7 +88,9 @@ def main(run: RunArgs, parallel: ParallelArgs, tuning: TuningArgs, data: DataArg
     if run.dry_run:
         return
 
+    clock = Stopwatch()
     materialise(model, checkpoint, parallel, loop_args.seed)
+    log.say(f"weights loaded in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
     state = TrainState()
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size()}

@@ -42,16 +42,18 @@ if sys.argv[1]:
 PY
 }
 
-# Everything of a level can be imported: the only proof that counts before the stamp is written.
+# setup_check PYTHON LEVEL import: everything of a level can be imported, the only proof that counts before the stamp is written.
+# With "find" instead: it is there, which takes no time.
 setup_check() {
-  "$1" - "$2" <<'PY'
-import importlib, sys
+  "$1" - "$2" "$3" <<'PY'
+import importlib, importlib.util, sys
 
-names = "torch fairscale.nn.model_parallel sentencepiece numpy fire safetensors yaml tqdm tokenizers tiktoken gguf tensorboard accessory"
-if sys.argv[1] == "test":
+level, how = sys.argv[1:]
+names = "torch fairscale sentencepiece numpy fire safetensors yaml tqdm tokenizers tiktoken gguf tensorboard accessory"
+if level == "test":
     names += " pytest pytest_timeout xdist ruff hypothesis psutil transformers peft"
 for name in names.split():
-    importlib.import_module(name)
+    assert importlib.import_module(name) if how == "import" else importlib.util.find_spec(name), name
 PY
 }
 
@@ -80,7 +82,7 @@ setup_done() {                                         # setup_done PREFIX PYTHO
 
 # pip install with its progress on the terminal; a failure ends in one line that says what to do.
 setup_pip() {
-  local log=$setup_prefix/setup.log
+  local log=$PWD/.setup.log
   if PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=${PIP_RETRIES:-2} "$python" -m pip --no-input install "$@" 2>"$log"; then return; fi
   if grep -qiE 'no space left|Errno 28|disk quota' "$log"; then
     setup_fail "the disk is full (pip, while installing $1): free some space, or set TMPDIR and PIP_CACHE_DIR to a disk that has some, and run this again"
@@ -97,7 +99,7 @@ setup_make_venv() {                                    # setup_make_venv SYSTEM_
   "$1" -c 'import venv, ensurepip' 2>/dev/null || setup_fail "$1 has no venv module: install it (Debian, Ubuntu: apt install python3-venv), or activate a virtual environment of your own, and run this again"
   if setup_has_torch "$1" import; then flags+=(--system-site-packages); fi
   setup_say "making .venv/ with $("$1" -V 2>&1) ($(command -v "$1"))"
-  "$1" -m venv --clear "${flags[@]}" .venv >/dev/null || setup_fail "'$1 -m venv .venv' failed: remove .venv, or activate a virtual environment of your own, and run this again"
+  "$1" -m venv --clear ${flags[@]+"${flags[@]}"} .venv >/dev/null || setup_fail "'$1 -m venv .venv' failed: remove .venv, or activate a virtual environment of your own, and run this again"
 }
 
 setup_space() {
@@ -107,21 +109,20 @@ setup_space() {
 }
 
 setup_install() {                                      # fills the environment $python of $setup_prefix
-  local rest="65 MB" pins
+  local rest="65 MB" pins=$setup_prefix/accessory-constraints.txt torch='from importlib.metadata import version; print(version("torch"))'
   [ "$setup_level" = run ] || rest="95 MB"
   rm -f "$setup_prefix"/.accessory-*                   # from here to the end nothing is complete
   "$python" -m pip --version >/dev/null 2>&1 || setup_fail "$python has no pip: run '$python -m ensurepip', and this again"
   if setup_has_torch "$python" import; then
-    setup_say "torch $("$python" -c 'from importlib.metadata import version; print(version("torch"))') is there and is kept; to download: about $rest of other packages"
+    setup_say "torch $("$python" -c "$torch") is there and is kept; to download: about $rest of other packages"
   else
     setup_say "to download: torch 2.13.0, about 0.2 GB as a CPU build or 2.7 GB with CUDA (pip's index decides which), and about $rest of other packages"
     setup_pip torch==2.13.0
   fi
-  pins=$setup_prefix/constraints.txt
-  grep -v '^torch==' constraints.txt >"$pins"
+  { grep -v '^torch==' constraints.txt; echo "torch==$("$python" -c "$torch")"; } >"$pins"   # whichever it is, it stays
   setup_pip -c "$pins" setuptools                      # fairscale is a source package: it builds with this one, not with the newest
   setup_pip --no-build-isolation -c "$pins" -e ".[$setup_extras]"
-  setup_check "$python" "$setup_level" || setup_fail "the installed packages cannot be imported (above): remove $setup_prefix and run this again"
+  setup_check "$python" "$setup_level" import || setup_fail "the installed packages cannot be imported (above): remove $setup_prefix and run this again"
   setup_key "$python" >"$setup_prefix/.accessory-$setup_level"
   setup_say "complete"
 }
@@ -140,14 +141,16 @@ setup_main() {
     setup_fail "the active virtual environment $setup_prefix has $("$python" -V 2>&1), accessory needs 3.11 or newer: deactivate it and run this again"
   fi
   if setup_done "$setup_prefix" "$python"; then return; fi
-  if [ "$setup_prefix" = "$PWD/.venv" ] && [ ! -d .venv ] && [ "$setup_level" = run ] && setup_check python3 run 2>/dev/null; then
+  if [ "$setup_prefix" = "$PWD/.venv" ] && [ ! -d .venv ] && [ "$setup_level" = run ] && setup_version_ok python3 &&
+    setup_has_torch python3 && setup_check python3 run find 2>/dev/null; then
     python=python3
     return
   fi
+  trap 'setup_fail "interrupted: the same command again continues"' INT TERM
   if command -v flock >/dev/null; then                 # several nodes or terminals: one sets up, the others wait
     exec 9>.setup.lock
     flock -n 9 || { setup_say "waiting for another set-up in $PWD"; flock 9; }
-    if setup_done "$setup_prefix" "$python"; then exec 9>&-; return; fi
+    if setup_done "$setup_prefix" "$python"; then exec 9>&-; trap - INT TERM; return; fi
   fi
   setup_space
   if [ "$setup_prefix" = "$PWD/.venv" ]; then
@@ -155,7 +158,8 @@ setup_main() {
     setup_make_venv "$base"
   fi
   setup_install
-  exec 9>&- || true
+  exec 9>&-
+  trap - INT TERM
 }
 
 setup_main

@@ -4,7 +4,6 @@ python tools/gguf_to_meta.py --src model.gguf --dst DIR [--dtype fp32|bf16|fp16]
 """
 
 from accessory.checkpoint.formats import open_checkpoint
-from accessory.checkpoint.formats_read import GGUFFile
 from accessory.checkpoint.formats_write import dtype_of, new_directory, write_meta
 from accessory.config import run_tool
 from accessory.weights.gguf import tokenizer_files
@@ -13,10 +12,11 @@ from accessory.weights.gguf import tokenizer_files
 def main(*, src: str, dst: str, dtype: str = "fp32") -> None:
     """Dequantises a GGUF file into a Meta-style directory that every script here takes as --pretrained_path.
 
-    fp32 keeps the dequantised numbers exactly. The tokenizer is rebuilt as tokenizer.json (byte-level BPE) or tokenizer.model
-    (sentencepiece), with bos, eos and the chat template in tokenizer_config.json. --dst must not exist."""
+    fp32 keeps the dequantised numbers exactly. The tokenizer is rebuilt as tokenizer.json (byte-level BPE) or
+    tokenizer.model (sentencepiece), with bos, eos and the chat template in tokenizer_config.json. --dst must not
+    exist."""
     checkpoint = open_checkpoint(src, "gguf")
-    tokenizer = tokenizer_files(GGUFFile(checkpoint.files[0]).metadata, checkpoint.files[0])
+    tokenizer = tokenizer_files(checkpoint.metadata, checkpoint.files[0])
     with new_directory(dst) as directory:
         for name, content in tokenizer.items():
             (directory / name).write_bytes(content)

@@ -16,7 +16,13 @@ from accessory.weights import TensorSource
 PARAMS = {"dim": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "multiple_of": 32, "norm_eps": 1e-5}
 VOCAB_SIZE = 320
 COLOURS = {"grass": "green", "the sky": "blue", "snow": "white", "coal": "black", "a lemon": "yellow", "blood": "red"}
-PHRASES = ("What colour is {}?", "Tell me the colour of {}.", "Name the colour that {} has.", "Which colour would you give {}?", "Colour of {}:")
+PHRASES = (
+    "What colour is {}?",
+    "Tell me the colour of {}.",
+    "Name the colour that {} has.",
+    "Which colour would you give {}?",
+    "Colour of {}:",
+)
 
 
 def main(*, dst: str, model_parallel_size: int = 2) -> None:
@@ -24,7 +30,11 @@ def main(*, dst: str, model_parallel_size: int = 2) -> None:
     if Path(dst).exists():
         print(f"{dst}: already there")
         return
-    rows = [{"instruction": p.format(thing), "input": "", "output": f"It is {colour}."} for p in PHRASES for thing, colour in COLOURS.items()]
+    rows = [
+        {"instruction": p.format(thing), "input": "", "output": f"It is {colour}."}
+        for p in PHRASES
+        for thing, colour in COLOURS.items()
+    ]
     try:
         with new_directory(dst) as directory:
             for name, part in (("train", rows[: -len(COLOURS)]), ("val", rows[-len(COLOURS) :])):

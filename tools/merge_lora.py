@@ -14,13 +14,21 @@ from accessory.weights.lora import merged, separated
 
 
 def main(
-    *, adapter: str, dst: str, base: str | None = None, format: str = "meta", model_parallel_size: int = 1, max_shard_size: str = "5GB"
+    *,
+    adapter: str,
+    dst: str,
+    base: str | None = None,
+    format: str = "meta",
+    model_parallel_size: int = 1,
+    max_shard_size: str = "5GB",
 ) -> None:
-    """W + (alpha / rank) B A in fp32, stored in the base's dtype, with trained biases, norms and whole modules put in place.
+    """W + (alpha / rank) B A in fp32, stored in the base's dtype, with trained biases, norms and whole modules put in
+    place.
 
-    --adapter is a directory with adapter.safetensors, or an Accessory checkpoint that holds base and LoRA together; --base
-    only where adapter.json's path is no longer right. --format meta writes consolidated.NN.pth in --model_parallel_size shards, hf
-    a Hugging Face directory. A merge that changes nothing is an error. --dst must not exist."""
+    --adapter is a directory with adapter.safetensors, or an Accessory checkpoint that holds base and LoRA together;
+    --base only where adapter.json's path is no longer right. --format meta writes consolidated.NN.pth in
+    --model_parallel_size shards, hf a Hugging Face directory. A merge that changes nothing is an error. --dst must
+    not exist."""
     if format not in ("meta", "hf"):
         raise ValueError(f"--format {format}: choose meta or hf")
     checkpoint, weights, changes, config = opened(adapter, base)
@@ -41,7 +49,9 @@ def opened(adapter: str, base: str | None) -> tuple[Checkpoint, Source, Source, 
     """(the base with the adapter's tokenizer and params, the base's weights, the adapter's, the terms)."""
     checkpoint = open_checkpoint(adapter, base=base)
     if checkpoint.adapter is None:
-        raise ValueError(f"--adapter {adapter} holds no adapter.json and no LoRA weights: give the directory that the run saved")
+        raise ValueError(
+            f"--adapter {adapter} holds no adapter.json and no LoRA weights: give the directory that the run saved"
+        )
     if "base" not in checkpoint.adapter:
         return checkpoint, *separated(checkpoint.source), checkpoint.adapter
     config, changes = open_adapter(adapter)

@@ -10,15 +10,22 @@ from accessory.model.args import ModelArgs
 from accessory.tokenizer import Tokenizer
 
 
-def main(*, src: str, dst: str, dtype: str | None = None, max_shard_size: str = "5GB", tokenizer_path: str | None = None) -> None:
+def main(
+    *, src: str, dst: str, dtype: str | None = None, max_shard_size: str = "5GB", tokenizer_path: str | None = None
+) -> None:
     """Writes a directory that transformers, vLLM and llama.cpp's converter load.
 
-    --src is anything that can be read, at any number of shards; LoRA must be merged first (tools/merge_lora.py). --dtype is
-    bf16, fp16 or fp32, by default the file's own. The tokenizer beside the weights goes along. --dst must not exist."""
+    --src is anything that can be read, at any number of shards; LoRA must be merged first (tools/merge_lora.py).
+    --dtype is bf16, fp16 or fp32, by default the file's own. The tokenizer beside the weights goes along. --dst must
+    not exist."""
     checkpoint = open_checkpoint(src)
     if checkpoint.adapter:
-        raise ValueError(f"--src {src} holds LoRA weights: merge them into the model with tools/merge_lora.py --format hf")
-    tokenizer = Tokenizer.open(tokenizer_path or checkpoint.tokenizer) if tokenizer_path or checkpoint.tokenizer else None
+        raise ValueError(
+            f"--src {src} holds LoRA weights: merge them into the model with tools/merge_lora.py --format hf"
+        )
+    tokenizer = (
+        Tokenizer.open(tokenizer_path or checkpoint.tokenizer) if tokenizer_path or checkpoint.tokenizer else None
+    )
     args = ModelArgs.from_dict(checkpoint.params, source=f"{src}/params.json")
     with new_directory(dst) as directory:
         files = write_hf(
@@ -31,7 +38,7 @@ def main(*, src: str, dst: str, dtype: str | None = None, max_shard_size: str = 
             special_ids=special_ids(tokenizer),
             show_progress=True,
         )
-    print(f"{dst}: {len(files)} safetensors file(s), config.json, {'tokenizer' if tokenizer else 'no tokenizer was found'}")
+    print(f"{dst}: {len(files)} safetensors file(s), config.json, {'tokenizer' if tokenizer else 'no tokenizer'}")
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""Checkpoints on disk: `open_checkpoint` reads every format, formats_write.py writes them, adapter.py keeps what LoRA trained."""
+"""Checkpoints on disk: formats.py opens every format, formats_write.py writes, adapter.py keeps what LoRA trained."""

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from accessory.checkpoint.adapter import base_record, write_adapter
 from accessory.checkpoint.formats_write import write_consolidated
 from accessory.model.args import ModelArgs
 from accessory.model.llama import kv_copied, local_range, shard_dim
 from accessory.parallel import groups
+from accessory.parallel.fsdp import gathered
 
 
 class BaseIdentity:
@@ -48,8 +48,7 @@ class BaseIdentity:
 
 def mp_slice(args: ModelArgs, name: str, parameter: nn.Parameter) -> Tensor:
     """This mp rank's slice of a parameter, gathered over dp, without padding rows. Collective over dp."""
-    value = parameter.detach()
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+    value = gathered(parameter.detach())
     if name in ("tok_embeddings.weight", "output.weight"):
         _, start, stop = local_range(args, name)
         value = value[: stop - start]
@@ -58,8 +57,7 @@ def mp_slice(args: ModelArgs, name: str, parameter: nn.Parameter) -> Tensor:
 
 def whole(args: ModelArgs, name: str, parameter: nn.Parameter) -> Tensor:
     """The unsharded parameter, true rows, each kv head once. Collective over the world."""
-    value = parameter.detach()
-    value = value.full_tensor() if isinstance(value, DTensor) else value
+    value = gathered(parameter.detach())
     dim = shard_dim(name)
     if dim is None:
         return value

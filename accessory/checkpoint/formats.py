@@ -1,7 +1,7 @@
 """Any checkpoint that is read, recognised by what lies in its directory, as one lazy Source with Meta's names.
 
     consolidated.00.pth ...                    meta_ori       Meta's: Llama 1, 2, 3, Code Llama
-    consolidated.00-of-02.model.pth ...        consolidated   Accessory's and ours; with lora_a/lora_b: base and LoRA in one
+    consolidated.00-of-02.model.pth ...        consolidated   Accessory's and ours; maybe base and LoRA in one
     model*.safetensors + config.json           hf             Hugging Face: llama and mistral
     *.gguf                                     gguf           llama.cpp's, dequantised
     adapter.safetensors + adapter.json         (the base's)   ours: LoRA and what else was trained, laid over its base
@@ -41,6 +41,7 @@ class Checkpoint:
     embedding_dim: int | None  # 0 or 1: how the files split tok_embeddings; None for one file
     adapter: dict[str, Any] | None  # lora_rank, lora_alpha, ...: source also has lora_a/lora_b under these terms
     files: list[Path] = field(default_factory=list)  # the weight files
+    metadata: dict[str, Any] = field(default_factory=dict)  # of a GGUF file: all its keys, the tokenizer's among them
 
 
 def open_checkpoint(path: str | Path, pretrained_type: str | None = None, base: str | Path | None = None) -> Checkpoint:
@@ -54,7 +55,9 @@ def open_checkpoint(path: str | Path, pretrained_type: str | None = None, base: 
     if (path / ADAPTER_CONFIG).is_file():
         return _open_over_base(path, base)
     kind, files = recognise(path, pretrained_type)
-    checkpoint = {"meta_ori": _open_pth, "consolidated": _open_pth, "hf": _open_hf, "gguf": _open_gguf}[kind](path, kind, files)
+    checkpoint = {"meta_ori": _open_pth, "consolidated": _open_pth, "hf": _open_hf, "gguf": _open_gguf}[kind](
+        path, kind, files
+    )
     return _finish(checkpoint)
 
 
@@ -63,7 +66,9 @@ def recognise(path: Path, pretrained_type: str | None = None) -> tuple[str, list
     if path.is_file():
         kind = {".gguf": "gguf", ".safetensors": "hf"}.get(path.suffix)
         if kind is None:
-            raise ValueError(f"{path} is a file: give the directory that holds it (a single .gguf or .safetensors may be given)")
+            raise ValueError(
+                f"{path} is a file: give the directory that holds it (a single .gguf or .safetensors may be given)"
+            )
         if pretrained_type not in (None, kind):
             raise ValueError(f"--pretrained_type {pretrained_type}, but {path} is of type {kind}: leave the flag out")
         return kind, [path]
@@ -72,19 +77,27 @@ def recognise(path: Path, pretrained_type: str | None = None) -> tuple[str, list
     found = {kind: files for kind, files in _candidates(path).items() if files}
     if pretrained_type is not None:
         if pretrained_type not in found:
-            raise ValueError(f"--pretrained_type {pretrained_type}, but {path} holds {' and '.join(found) or _nothing(path)}")
+            raise ValueError(
+                f"--pretrained_type {pretrained_type}, but {path} holds {' and '.join(found) or _nothing(path)}"
+            )
         found = {pretrained_type: found[pretrained_type]}
     if not found:
         raise ValueError(f"{path} holds {_nothing(path)}")
     if len(found) > 1:
-        raise ValueError(f"{path} holds checkpoints of several kinds, {' and '.join(found)}: choose with --pretrained_type")
+        raise ValueError(
+            f"{path} holds checkpoints of several kinds, {' and '.join(found)}: choose with --pretrained_type"
+        )
     [(kind, files)] = found.items()
-    return kind, {"meta_ori": _meta_shards, "consolidated": _our_shards, "hf": _hf_files, "gguf": _gguf_file}[kind](path, files)
+    return kind, {"meta_ori": _meta_shards, "consolidated": _our_shards, "hf": _hf_files, "gguf": _gguf_file}[kind](
+        path, files
+    )
 
 
 def _candidates(path: Path) -> dict[str, list[Path]]:
     files = sorted(p for p in path.iterdir() if p.is_file())
-    safetensors = [p for p in files if p.suffix == ".safetensors" and not p.name.startswith(("adapter", "consolidated"))]
+    safetensors = [
+        p for p in files if p.suffix == ".safetensors" and not p.name.startswith(("adapter", "consolidated"))
+    ]
     return {
         "meta_ori": [p for p in files if META_FILE.fullmatch(p.name)],
         "consolidated": [p for p in files if OUR_FILE.fullmatch(p.name)],
@@ -97,7 +110,7 @@ def _nothing(path: Path) -> str:
     """What is there instead of a checkpoint, and what to do."""
     looked = "no consolidated.NN.pth, consolidated.NN-of-MM.model.pth, *.safetensors or *.gguf"
     if list(path.glob("pytorch_model*.bin")):
-        return f"pytorch_model*.bin and {looked}: save the model with transformers' save_pretrained, which writes safetensors"
+        return f"pytorch_model*.bin and {looked}: transformers' save_pretrained writes safetensors"
     if list(path.glob("*.model-diff.pth")):
         return f"only differences (*.model-diff.pth) and {looked}: give a whole checkpoint"
     if (path / "latest").exists():
@@ -108,14 +121,19 @@ def _nothing(path: Path) -> str:
 def _meta_shards(path: Path, files: list[Path]) -> list[Path]:
     numbers = [int(META_FILE.fullmatch(p.name)[1]) for p in files]
     if gaps := sorted(set(range(max(numbers) + 1)) - set(numbers)):
-        raise ValueError(f"{path}: consolidated.{gaps[0]:02d}.pth is missing, but consolidated.{max(numbers):02d}.pth is there: copy it too")
+        raise ValueError(
+            f"{path}: consolidated.{gaps[0]:02d}.pth is missing, but consolidated.{max(numbers):02d}.pth is there: "
+            "copy it too"
+        )
     return files
 
 
 def _our_shards(path: Path, files: list[Path]) -> list[Path]:
     parts = [OUR_FILE.fullmatch(p.name).groups() for p in files]
     if len({count for _, count in parts}) > 1:
-        raise ValueError(f"{path}: {files[0].name} and {files[-1].name} are shards of different splits: keep one split in a directory")
+        raise ValueError(
+            f"{path}: {files[0].name} and {files[-1].name} are shards of different splits: keep one of them"
+        )
     count = int(parts[0][1])
     numbers = [int(index) for index, _ in parts]
     if gaps := sorted(set(range(count)) - set(numbers)):
@@ -150,7 +168,9 @@ def _weight_map(index: Path) -> dict[str, Path]:
 
 def _gguf_file(path: Path, files: list[Path]) -> list[Path]:
     if len(files) > 1:
-        raise ValueError(f"{path} holds {len(files)} .gguf files ({files[0].name}, {files[1].name}, ...): give the path of one")
+        raise ValueError(
+            f"{path} holds {len(files)} .gguf files ({files[0].name}, {files[1].name}, ...): give the path of one"
+        )
     if re.search(r"-\d{5}-of-\d{5}\.gguf$", files[0].name):
         raise ValueError(f"{files[0]}: is a part of a split GGUF: join it with llama.cpp's gguf-split --merge")
     return files
@@ -168,7 +188,8 @@ def _open_pth(path: Path, kind: str, files: list[Path]) -> Checkpoint:
 
 
 def _read_params(path: Path) -> dict[str, Any]:
-    """params.json, or Accessory's config.json, without nulls and without the keys of programs (LoRA is told by its tensors)."""
+    """params.json, or Accessory's config.json, without nulls and without the keys of programs (LoRA is told by its
+    tensors)."""
     for file in (path / "params.json", path / "config.json"):
         if file.is_file() and "hidden_size" not in (content := read_json(file)):
             return {k: v for k, v in content.items() if v is not None and k not in TUNING_KEYS + RUNTIME_KEYS}
@@ -182,7 +203,9 @@ def _lora_inside(source: Source) -> dict[str, Any] | None:
         return None
     ranks = sorted({source.shape(n)[0] for n in lora})
     if len(ranks) > 1:
-        raise ValueError(f"{lora[0]}: LoRA of several ranks ({', '.join(map(str, ranks))}) in one checkpoint is not supported")
+        raise ValueError(
+            f"{lora[0]}: LoRA of several ranks ({', '.join(map(str, ranks))}) in one checkpoint is not supported"
+        )
     targets = sorted({n.split(".")[-3] for n in lora})
     bias = any(n.endswith(".bias") for n in source.names())
     terms = {"lora_rank": ranks[0], "lora_alpha": float(ranks[0]), "lora_dropout": 0.0, "lora_targets": targets}
@@ -197,7 +220,9 @@ def _open_hf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     params = hf.params_from_config(read_json(config), config)
     index = directory / HF_INDEX
     weight_map = _weight_map(index) if path.is_dir() and index.is_file() else None
-    source = hf.FromHF(SafetensorsFiles(files, weight_map), params.get("head_dim") or params["dim"] // params["n_heads"])
+    source = hf.FromHF(
+        SafetensorsFiles(files, weight_map), params.get("head_dim") or params["dim"] // params["n_heads"]
+    )
     return Checkpoint(path, kind, source, params, _tokenizer(directory, TOKENIZER_FILES[::-1]), None, None, files)
 
 
@@ -206,7 +231,9 @@ def _open_gguf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     factors = file.read(gguf.ROPE_FACTORS) if gguf.ROPE_FACTORS in file.names() else None
     params = gguf.params_from_metadata(file.metadata, files[0], factors)
     source = Renamed(file, gguf.meta_names(file.names()))
-    return Checkpoint(path, kind, source, params, _tokenizer(files[0].parent, TOKENIZER_FILES), None, None, files)
+    return Checkpoint(
+        path, kind, source, params, _tokenizer(files[0].parent, TOKENIZER_FILES), None, None, files, file.metadata
+    )
 
 
 def _tokenizer(directory: Path, names: tuple[str, ...]) -> Path | None:
@@ -234,10 +261,24 @@ def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
     for name in tensors.names():
         weight = name if not is_lora(name) else name.rsplit(".", 2)[0] + ".weight"
         if weight not in known and not weight.endswith(".bias") and weight != "output.weight":
-            raise ValueError(f"{path / ADAPTER_FILE}: {name} has no counterpart in its base {checkpoint.path}: give the right base with --pretrained_path")
+            raise ValueError(
+                f"{path / ADAPTER_FILE}: {name} has no counterpart in its base {checkpoint.path}: "
+                "give the right base with --pretrained_path"
+            )
     checkpoint.params |= _read_params(path)
     if "output.weight" in tensors.names():
         checkpoint.params["tie_word_embeddings"] = False
     checkpoint.source = Overlay(checkpoint.source, tensors)
     tokenizer = _tokenizer(path, TOKENIZER_FILES) or checkpoint.tokenizer
-    return _finish(Checkpoint(path, checkpoint.kind, checkpoint.source, checkpoint.params, tokenizer, checkpoint.embedding_dim, config, checkpoint.files))
+    return _finish(
+        Checkpoint(
+            path,
+            checkpoint.kind,
+            checkpoint.source,
+            checkpoint.params,
+            tokenizer,
+            checkpoint.embedding_dim,
+            config,
+            checkpoint.files,
+        )
+    )

@@ -4,9 +4,9 @@
     SafetensorsFiles  model-*.safetensors      mmap, header checked
     GGUFFile          model.gguf               mmap, dequantised in blocks of rows
 
-Every `read` copies its slice out of the map, and the maps are let go after every 512 MiB read, so that going through a
-13.5 GB file holds one slice and not the file. A file that is truncated, damaged or holds code is a ValueError that names it.
-Tests: tests/unit/test_formats.py
+Every `read` copies its slice out of the map, and the maps are let go after every 256 MiB read, so that going through
+a 13.5 GB file holds one slice and not the file. A file that is truncated, damaged or holds code is a ValueError that
+names it. Tests: tests/unit/test_formats.py
 """
 
 import json
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from accessory.weights import owned_slice
 
-MAPPED_LIMIT = 512 * 2**20  # bytes of mapped pages after which a file is closed and mapped anew
+MAPPED_LIMIT = 256 * 2**20  # bytes of mapped pages after which a file is closed and mapped anew
 HEADER_LIMIT = 10 * 2**20  # of a safetensors file; real ones are below 1 MiB
 DAMAGED = "is truncated or damaged: copy or download it again"
 
@@ -61,9 +61,14 @@ class TorchFile:
             raise ValueError(f"{self.path}: holds a {type(payload).__name__}, not a dict of tensors")
         for name, tensor in payload.items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise ValueError(f"{self.path}: {name!r} is a {type(tensor).__name__}, but a checkpoint holds tensors only")
+                raise ValueError(
+                    f"{self.path}: {name!r} is a {type(tensor).__name__}, but a checkpoint holds tensors only"
+                )
             if tensor.nbytes > tensor.untyped_storage().nbytes():
-                raise ValueError(f"{self.path}: {name} claims {tensor.nbytes} bytes, the file stores {tensor.untyped_storage().nbytes()}")
+                raise ValueError(
+                    f"{self.path}: {name} claims {tensor.nbytes} bytes, "
+                    f"the file stores {tensor.untyped_storage().nbytes()}: the file is not to be trusted"
+                )
         return {name.removeprefix("llma."): tensor for name, tensor in payload.items()}
 
 
@@ -78,33 +83,49 @@ def check_zip(path: Path) -> None:
         with open(path, "rb") as file:
             start = file.read(4)
         if start[:1] == b"\x80":
-            raise ValueError(f"{path}: is in torch's format from before 1.6: load it with an old torch and save it again") from error
+            raise ValueError(
+                f"{path}: is in torch's format from before 1.6: load it with an old torch and save it again"
+            ) from error
         known = start == b"PK\x03\x04"
         raise ValueError(f"{path}: {DAMAGED if known else 'is not a torch checkpoint (no zip): ' + DAMAGED}") from error
     if any(e.compress_type != zipfile.ZIP_STORED for e in entries):
         raise ValueError(f"{path}: holds compressed entries, which torch never writes: the file is not to be trusted")
     if sum(e.file_size for e in entries) > size:
-        raise ValueError(f"{path}: its entries claim to be larger than the file ({size} bytes): the file is not to be trusted")
+        raise ValueError(
+            f"{path}: its entries claim to be larger than the file ({size} bytes): the file is not to be trusted"
+        )
 
 
 def load_torch(path: Path, mmap: bool = False) -> Any:
-    """torch.load that never runs code. Raises ValueError naming the file and what is wrong with it. Check the zip first."""
+    """torch.load that never runs code. Raises ValueError naming the file and what is wrong with it. Check the zip
+    first."""
     try:
         return torch.load(path, map_location="cpu", mmap=mmap, weights_only=True)
     except pickle.UnpicklingError as error:
-        found = re.search(r"GLOBAL ([\w.]+) was not", str(error))
-        if found is None:
-            raise ValueError(f"{path}: {DAMAGED} (its pickle is not one of plain tensors)") from error
+        found = re.search(r"GLOBAL ([\w.]+) (?:was not|whose)", str(error))
+        what = f"{found[1]} in its pickle" if found else "its pickle is damaged or holds more than plain tensors, which"
         raise ValueError(
-            f"{path}: {found[1]} in its pickle could run code when loaded, so it is refused: save it again as a plain dict of tensors"
+            f"{path}: {what} could run code when loaded, so it is refused: "
+            "copy it again, or save it as a plain dict of tensors"
         ) from error
-    except (RuntimeError, EOFError, KeyError, ValueError, TypeError, IndexError, AttributeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {DAMAGED} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})") from error
+    except (
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+        TypeError,
+        IndexError,
+        AttributeError,
+        UnicodeDecodeError,
+    ) as error:
+        raise ValueError(
+            f"{path}: {DAMAGED} ({str(error).splitlines()[0][:120] if str(error) else type(error).__name__})"
+        ) from error
 
 
 class SafetensorsFiles:
-    """One or several .safetensors files as one source. `weight_map` (the index's) says which file holds which name; without
-    it the headers do."""
+    """One or several .safetensors files as one source. `weight_map` (the index's) says which file holds which name;
+    without it the headers do."""
 
     def __init__(self, files: list[Path], weight_map: dict[str, Path] | None = None) -> None:
         self._handles: dict[Path, Any] = {}
@@ -115,13 +136,17 @@ class SafetensorsFiles:
             self._read_header(path)
         for name, path in (weight_map or {}).items():
             if self._file.get(name) != path:
-                raise ValueError(f"{path}: {name} is missing, but the index says that it is there: download the file again")
+                raise ValueError(
+                    f"{path}: {name} is missing, but the index says that it is there: download the file again"
+                )
 
     def _read_header(self, path: Path) -> None:
         header = safetensors_header(path)
         for name, entry in header.items():
             if name in self._file:
-                raise ValueError(f"{path}: {name} is also in {self._file[name]}: the directory mixes files of two checkpoints")
+                raise ValueError(
+                    f"{path}: {name} is also in {self._file[name]}: the directory mixes files of two checkpoints"
+                )
             self._file[name] = path
             self._meta[name] = (tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
 
@@ -187,8 +212,8 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
 
 
 class GGUFFile:
-    """One .gguf file: `metadata` (key -> value) and tensors under GGUF's names, quantised ones dequantised to fp32, F16 and
-    BF16 as they are. Rows are quantised one by one, so a slice of rows dequantises only those."""
+    """One .gguf file: `metadata` (key -> value) and tensors under GGUF's names, quantised ones dequantised to fp32,
+    F16 and BF16 as they are. Rows are quantised one by one, so a slice of rows dequantises only those."""
 
     BLOCK = 2**22  # numbers dequantised at a time
 
@@ -201,10 +226,15 @@ class GGUFFile:
         try:
             reader = gguf.GGUFReader(path)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
-            self._tensors = {t.name: (tuple(int(n) for n in t.shape[::-1]), t.tensor_type, t.data_offset, t.n_bytes) for t in reader.tensors}
+            self._tensors = {
+                t.name: (tuple(int(n) for n in t.shape[::-1]), t.tensor_type, t.data_offset, t.n_bytes)
+                for t in reader.tensors
+            }
         except Exception as error:  # the reader runs into numpy errors of many kinds
-            raise ValueError(f"{path}: {DAMAGED} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})") from error
-        for name, (_, kind, offset, count) in self._tensors.items():
+            raise ValueError(
+                f"{path}: {DAMAGED} ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+            ) from error
+        for name, (_, _, offset, count) in self._tensors.items():
             if offset + count > path.stat().st_size:
                 raise ValueError(f"{path}: {DAMAGED} ({name} lies beyond its end)")
         native = gguf.GGMLQuantizationType
@@ -238,7 +268,9 @@ class GGUFFile:
             try:
                 block = gguf.quants.dequantize(np.array(data[row : min(row + step, last)]), kind)
             except NotImplementedError:
-                raise ValueError(f"{self.path}: {name} is stored as {kind.name}, which the gguf package cannot dequantise") from None
+                raise ValueError(
+                    f"{self.path}: {name} is stored as {kind.name}, which the gguf package cannot dequantise"
+                ) from None
             out[row - first : row - first + len(block)] = torch.from_numpy(block)[:, low:high]
         return out if len(shape) == 2 else out[0]
 

@@ -4,22 +4,23 @@
         write_meta(directory, source, params, shards=2)    consolidated.00-of-02.model.pth ... params.json
         write_hf(directory, source, args, tokenizer)       model-00001-of-00003.safetensors ... config.json
 
-One tensor is read at a time; a file's tensors are held until it is written (a shard, or --max_shard_size of safetensors).
-Test: tests/unit/test_formats.py, tests/unit/test_hf.py
+One tensor is read at a time; a file's tensors are held until it is written (a shard, or --max_shard_size of
+safetensors). Test: tests/unit/test_formats.py, tests/unit/test_hf.py
 """
 
 import contextlib
 import json
 import os
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from accessory.model.args import ModelArgs
-from accessory.weights import Source, hf, require_keys
+from accessory.weights import Renamed, Source, expected_shapes, hf, require_keys
 from accessory.weights.reshard import split
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
@@ -35,7 +36,8 @@ def dtype_of(flag: str | None) -> torch.dtype | None:
 
 @contextlib.contextmanager
 def new_directory(dst: str | Path) -> Iterator[Path]:
-    """A directory that becomes `dst` only when the block ends well: until then it is `dst`.tmp-PID, which a failure removes.
+    """A directory that becomes `dst` only when the block ends well: until then it is `dst`.tmp-PID, which a failure
+    removes.
 
     Raises ValueError when `dst` is already there. Called by one rank."""
     dst = Path(dst)
@@ -75,7 +77,9 @@ def write_consolidated(
 
     `style`: "meta_ori" names it consolidated.00.pth, "consolidated" consolidated.00-of-02.model.pth."""
     assert style in ("consolidated", "meta_ori") and 0 <= index < count <= 99
-    name = f"consolidated.{index:02d}.pth" if style == "meta_ori" else f"consolidated.{index:02d}-of-{count:02d}.model.pth"
+    name = (
+        f"consolidated.{index:02d}.pth" if style == "meta_ori" else f"consolidated.{index:02d}-of-{count:02d}.model.pth"
+    )
     file = Path(directory) / name
     save_torch({name: _owned(tensor) for name, tensor in tensors}, file)
     if params is not None:
@@ -89,9 +93,29 @@ def save_torch(payload: Any, file: Path) -> None:
         torch.save(payload, file)
     except RuntimeError as error:
         if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            free = shutil.disk_usage(file.parent).free
-            raise ValueError(f"{file}: could not be written, {free / 2**20:.0f} MiB are free: make room or choose another disk") from error
+            raise _not_written(file) from error
         raise
+
+
+def save_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
+    """safetensors' save_file, readable by whom the umask says, with a full disk as a user's error."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, file, {"format": "pt"})
+    except SafetensorError as error:
+        if "I/O error" in str(error) or "Io" in str(error):
+            raise _not_written(file) from error
+        raise
+    umask = os.umask(0)
+    os.umask(umask)
+    file.chmod(0o666 & ~umask)  # the library leaves 0600
+
+
+def _not_written(file: Path) -> ValueError:
+    free = shutil.disk_usage(file.parent).free / 2**20
+    return ValueError(f"{file}: could not be written, {free:.0f} MiB are free: make room or choose another disk")
 
 
 def _owned(tensor: Tensor) -> Tensor:
@@ -111,10 +135,12 @@ def write_meta(
     style: str = "meta_ori",
     show_progress: bool = False,
 ) -> list[Path]:
-    """A whole Meta-style directory: shards, params.json, tokenizer files. Checked against `params` first (ValueError)."""
+    """A whole Meta-style directory: shards, params.json, tokenizer files. Checked against `params` first
+    (ValueError)."""
     params = completed(source, params)
     args = ModelArgs.from_dict(params)
     require_keys(source, args, "the weights")
+    source = Renamed(source, {n: n for n in expected_shapes(args, args.tie_word_embeddings)})  # the model's order
     files = []
     with progress(source, shards, show_progress) as step:
         for rank in range(shards):
@@ -159,8 +185,6 @@ def write_hf(
 ) -> list[Path]:
     """A directory that transformers loads: safetensors (with an index when several), config.json in both dialects,
     generation_config.json, tokenizer files. `special_ids`: bos_token_id and eos_token_id (a number or a list)."""
-    from safetensors.torch import save_file
-
     directory = Path(directory)
     args = ModelArgs.from_dict(completed(source, args.to_dict()))
     require_keys(source, args, "the weights")
@@ -172,31 +196,43 @@ def write_hf(
     with progress(target, 1, show_progress) as step:
         for i, names in enumerate(groups, 1):
             file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            save_file(dict(step(n, target.read(n), dtype) for n in names), directory / file, {"format": "pt"})
+            save_safetensors(dict(step(n, target.read(n), dtype) for n in names), directory / file)
             weight_map |= {name: file for name in names}
     if len(groups) > 1:
         total = sum(_bytes(target, n, dtype) for n in target.names())
-        write_json(directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json(
+            directory / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map}
+        )
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **(special_ids or {})})
     copy_tokenizer(tokenizer, directory)
-    if tokenizer and not (directory / "tokenizer_config.json").exists():
-        write_json(directory / "tokenizer_config.json", _tokenizer_config(tokenizer))
+    if tokenizer and not (directory / "tokenizer_config.json").exists() and (config := _tokenizer_config(tokenizer)):
+        write_json(directory / "tokenizer_config.json", config)
     return [directory / file for file in sorted(set(weight_map.values()))]
 
 
 def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
-    """What transformers needs to open a bare tokenizer file. Llama 3's tiktoken file is not a format that it opens."""
+    """What transformers needs to open a bare tokenizer file; nothing for Llama 3's tiktoken file, which it cannot open."""
     if tokenizer.suffix == ".json":
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
-    marks = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True, **marks}
+    if tokenizer.read_bytes()[:1] != b"\n":  # sentencepiece's files start with their first piece
+        return {}
+    from sentencepiece import SentencePieceProcessor
+
+    model = SentencePieceProcessor(model_file=str(tokenizer))
+    ids = {"bos_token": model.bos_id(), "eos_token": model.eos_id(), "unk_token": model.unk_id()}
+    names = {name: model.id_to_piece(i) for name, i in ids.items() if i >= 0}
+    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "add_eos_token": False, "legacy": True, **names}
 
 
 def special_ids(tokenizer: Any) -> dict[str, Any]:
-    """bos_token_id and eos_token_id (a list when an answer may end in several ways) of an opened tokenizer, or of None."""
+    """bos_token_id and eos_token_id (a list when an answer may end in several ways) of an opened tokenizer, or of
+    None."""
     stops = list(getattr(tokenizer, "eos_ids", ()))
-    ids = {"bos_token_id": getattr(tokenizer, "bos_id", None), "eos_token_id": stops[0] if len(stops) == 1 else stops or None}
+    ids = {
+        "bos_token_id": getattr(tokenizer, "bos_id", None),
+        "eos_token_id": stops[0] if len(stops) == 1 else stops or None,
+    }
     return {k: v for k, v in ids.items() if v is not None}
 
 

@@ -11,6 +11,7 @@ without that view DCP takes the mp ranks' tensors of one name for copies, keeps 
 Test: tests/dist/test_resume.py, tests/e2e/test_resume.py.
 """
 
+import hashlib
 import json
 import os
 import pickle
@@ -91,39 +92,49 @@ def save(
     collective. `about`: further keys for the manifest. `keep_last`: None keeps all; `keep_step` is never retired."""
     final = run / f"step_{step:08d}"
     temporary = Path(groups.broadcast_object(str(run / f"step_{step:08d}.tmp-{uuid.uuid4().hex[:8]}")))
-    error: BaseException | None = None
-    files: dict[str, dict[str, Any]] = {}
+    resume = temporary / "resume"
     views, adam_step = trained_state(model, optimizer)
-    try:
-        _make_room(run, temporary, views)
-        written = list(write_weights(temporary))
-        dcp.save(views, storage_writer=dcp.FileSystemWriter(temporary / "resume", single_file_per_rank=True, thread_count=1))
-        written += sorted((temporary / "resume").glob(f"__{groups.rank()}_*"))
+
+    def together(part: Callable[[], Any]) -> Any:
+        """One part of the save. Where it fails on some rank, all raise before any goes on to the next collective."""
+        error, result = None, None
+        try:
+            result = part()
+        except (OSError, RuntimeError, ValueError, CheckpointException) as failed:  # the last derives from BaseException
+            error = _readable(failed, run, final)
+        try:
+            groups.together(error)
+        except ValueError:
+            if groups.rank() == 0:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        return result
+
+    def seal() -> dict[str, dict[str, Any]]:
+        files = [*written, *sorted(resume.glob(f"__{groups.rank()}_*"))]
         if groups.rank() == 0:
-            (temporary / "resume" / STATE).write_text(json.dumps(state | {"adam_step": adam_step, "format_version": FORMAT_VERSION}, indent=1))
-            written += [temporary / "resume" / STATE, temporary / "resume" / ".metadata"]
-        files = {str(f.relative_to(temporary)): _seal(f) for f in written}
-    except (OSError, RuntimeError, ValueError, CheckpointException) as failed:  # the last derives from BaseException
-        error = _readable(failed, run, final)
-    try:
-        groups.together(error)
-    except ValueError:
+            (resume / STATE).write_text(json.dumps(state | {"adam_step": adam_step, "format_version": FORMAT_VERSION}, indent=1))
+            files += [resume / STATE, resume / ".metadata"]
+        return {str(f.relative_to(temporary)): _seal(f) for f in files}
+
+    def publish() -> None:
         if groups.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    everyone = groups.all_gather_object(files)
-    if groups.rank() == 0:
-        manifest = {"format_version": FORMAT_VERSION, "step": step, "mp": groups.mp_size(), "dp": groups.dp_size(), **about}
-        manifest["files"] = {name: entry for part in everyone for name, entry in sorted(part.items())}
-        _publish(run, temporary, final, manifest)
-        retire(run, keep_last, keep_step)
-    groups.barrier()
+            manifest = {"format_version": FORMAT_VERSION, "step": step, "mp": groups.mp_size(), "dp": groups.dp_size(), **about}
+            manifest["files"] = {name: entry for part in everyone for name, entry in sorted(part.items())}
+            _publish(run, temporary, final, manifest)
+            retire(run, keep_last, keep_step)
+
+    needed = sum(groups.all_gather_object(sum(v.to_local().nbytes for v in views.values())))
+    together(lambda: _make_room(run, temporary, needed))
+    written = together(lambda: list(write_weights(temporary)))
+    together(lambda: dcp.save(views, storage_writer=dcp.FileSystemWriter(resume, single_file_per_rank=True, thread_count=1)))
+    everyone = groups.all_gather_object(together(seal))
+    together(publish)
     return final
 
 
-def _make_room(run: Path, temporary: Path, views: dict[str, DTensor]) -> None:
-    """Makes the directory, and raises OSError before anything is written when the disk cannot take it."""
-    needed = sum(groups.all_gather_object(sum(v.to_local().nbytes for v in views.values())))
+def _make_room(run: Path, temporary: Path, needed: int) -> None:
+    """Makes the directory, and raises OSError before anything is written when the disk cannot take `needed` bytes."""
     run.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run).free
     if free < needed * 1.05:
@@ -152,7 +163,7 @@ def _readable(failed: BaseException, run: Path, final: Path) -> ValueError:
 
 def _publish(run: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     part = temporary / MANIFEST
-    part.write_text(json.dumps(manifest, indent=1, sort_keys=True))
+    part.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1, sort_keys=True))
     _seal(part)
     _sync(temporary / "resume")
     _sync(temporary)
@@ -164,6 +175,11 @@ def _publish(run: Path, temporary: Path, final: Path, manifest: dict[str, Any]) 
     link.symlink_to(final.name)
     os.replace(link, run / "latest")
     _sync(run)
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    """Of the manifest itself, so that a flipped bit in it is its own fault and not that of a file it lists."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _sync(directory: Path) -> None:
@@ -203,9 +219,12 @@ def problem(path: Path, hashes: bool = False) -> str | None:
     """What is wrong with a checkpoint directory, naming the file; None when it is whole (with `hashes`: byte for byte)."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        intact = manifest.pop("sha256") == _digest(manifest)
     except FileNotFoundError:
         return f"{path / MANIFEST} is missing: the save was interrupted"
-    except (json.JSONDecodeError, UnicodeDecodeError):
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError, KeyError, TypeError):
+        intact = False
+    if not intact:
         return f"{path / MANIFEST} is damaged"
     for name, entry in manifest["files"].items():
         file = path / name
@@ -260,12 +279,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 class _PlainData(pickle.Unpickler):
     """Reads DCP's .metadata if it holds nothing but descriptions of tensors: the format is a raw pickle."""
 
-    MODULES = ("torch.distributed.checkpoint.", "torch.distributed.tensor.")
-    NAMES = {("builtins", "set"), ("builtins", "getattr"), ("collections", "OrderedDict"), ("torch", "Size"), ("torch", "device"), ("pathlib", "PosixPath"), ("pathlib", "Path")}
+    DCP = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")
+    NAMES = {
+        *(("torch.distributed.checkpoint.metadata", name) for name in DCP),
+        ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
+        ("torch", "Size"), ("torch", "float32"), ("pathlib", "PosixPath"), ("pathlib._local", "PosixPath"),
+    }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
-        described = module.startswith(self.MODULES) and name[:1].isupper() or module == "torch.serialization" and name == "_get_layout"
-        if not (described or (module, name) in self.NAMES - {("builtins", "getattr")} or module == "torch" and name.endswith(("16", "32", "64", "8", "bool"))):
+        if (module, name) not in self.NAMES:
             raise ValueError(f"{module}.{name}")
         return super().find_class(module, name)
 
@@ -274,5 +296,5 @@ def _check_pickle(file: Path) -> None:
     with open(file, "rb") as handle:
         try:
             _PlainData(handle).load()
-        except (pickle.UnpicklingError, EOFError, ValueError) as error:
+        except Exception as error:  # a damaged pickle fails in many ways
             raise ValueError(f"{file}: holds more than descriptions of tensors ({error}): it was not written by a run of this library, do not load it") from None

@@ -82,7 +82,7 @@ class ModelArgs:
         if scaled.get("use_scaled_rope") and "rope_scaling" not in params:
             params["rope_scaling"] = meta_scaled_rope(params, scaled)
         scaling = params.get("rope_scaling")
-        if isinstance(scaling, (int, float)):  # Accessory's: a factor on the positions
+        if isinstance(scaling, (int, float)) and scaling > 0:  # Accessory's: a factor on the positions
             params["rope_scaling"] = {"rope_type": "linear", "factor": 1.0 / scaling} if scaling != 1 else None
         elif isinstance(scaling, dict) and (scaling.get("rope_type") or scaling.get("type")) == "default":
             params["rope_scaling"] = None

@@ -20,7 +20,7 @@ class Segments:
         self.cu_seqlens = cu_seqlens.int()  # (S+1,)
         self.starts = cu_seqlens[:-1].long()
         self.bounds: list[int] = cu_seqlens.tolist()
-        self.longest = max(b - a for a, b in zip(self.bounds, self.bounds[1:]))
+        self.longest = max((b - a for a, b in zip(self.bounds, self.bounds[1:])), default=0)
 
     @cached_property
     def positions(self) -> Tensor:  # (1, T)

@@ -9,6 +9,7 @@ backward. Built on the meta device, filled by `from_pretrained` or `init_weights
 Shapes: B batch, T tokens, D dim, H query heads, K kv heads, Dh head dim, F ffn, V vocab, /mp = this rank's slice.
 """
 
+from functools import partial
 from typing import Any, Callable, Protocol
 
 import torch
@@ -21,7 +22,13 @@ from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.model.attention import Segments, attend, segments
 from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
 from accessory.parallel import groups
-from accessory.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding, copy_to_mp, gather_from_mp, vocab_range
+from accessory.parallel.layers import (
+    ColumnParallelLinear,
+    VocabParallelEmbedding,
+    copy_to_mp,
+    gather_from_mp,
+    vocab_range,
+)
 from accessory.parallel.loss import linear_cross_entropy
 
 # On which dim each weight is split over mp; a bias follows its weight's dim 0. The only place that knows.
@@ -159,7 +166,8 @@ class Transformer(nn.Module):
         packed = segments(tokens, cu_seqlens)
         if positions is None:
             positions = packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
-        self._check_window(packed.longest if packed else tokens.shape[1])
+        if self.args.sliding_window:
+            self._check_window(packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1)
         cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
         x = self.tok_embeddings(tokens)  # (B, T, D)
         for layer in self.layers:
@@ -185,10 +193,10 @@ class Transformer(nn.Module):
 
     def _check_window(self, length: int) -> None:
         window = self.args.sliding_window
-        if window and length > window:
+        if length > window:
             raise ValueError(
                 f"a sequence of {length} tokens, but this model attends over a sliding window of {window}, which is not "
-                f"implemented: --max_seq_len {window} or less gives its exact results"
+                f"implemented: --max_seq_len {window} or less (in generation: fewer --max_new_tokens) gives its exact results"
             )
 
     @torch.no_grad()
@@ -196,12 +204,12 @@ class Transformer(nn.Module):
         """Random weights for training from nothing: normal of std 0.02 (0.02 / sqrt(2 n_layers) for wo, w2), norms 1, biases 0.
 
         Drawn from (seed, name) for the whole matrix and then cut: the same model at every model-parallel size."""
-        for name, parameter in list(self.named_parameters()):
-            value = local_slice(self, name, lambda shape: self._draw(name, shape, seed))
+        for name in [n for n, _ in self.named_parameters()]:
+            value = local_slice(self, name, partial(self._draw, name, seed))
             set_parameter(self, name, value.to(device=device, dtype=dtype))
         return self
 
-    def _draw(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    def _draw(self, name: str, seed: int, shape: tuple[int, ...]) -> Tensor:
         if "norm." in name:
             return torch.ones(shape)
         if name.endswith(".bias"):

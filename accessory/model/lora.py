@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accessory.config import flag
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, reduce_from_mp
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
 LINEARS = COLUMN + ROW

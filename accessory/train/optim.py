@@ -1,9 +1,10 @@
 """AdamW, learning-rate schedules as pure functions of the step, and fp16's loss scale.
 
-    lr(step) = warm-up (linear from 0)  ->  cosine | linear | constant | polynomial | cosine_with_restarts | wsd
+    lr(step) = warm-up: lr * (step + 1) / (warmup + 1)  ->  cosine | linear | constant | polynomial | cosine_with_restarts | wsd
 
-Steps are optimizer steps. Schedules follow Hugging Face's formulae where they share a name, with a floor `--min_lr`; wsd
-(warm-up, stable, decay) is MiniCPM's with a linear last tenth.
+Steps are optimizer steps. After the warm-up, schedules follow Hugging Face's formulae where they share a name, with a floor
+`--min_lr`; its warm-up would spend the first step at a rate of 0. wsd (warm-up, stable, decay) is MiniCPM's with a linear last
+tenth. Test: tests/unit/test_optim.py
 """
 
 import math

@@ -78,8 +78,19 @@ def whole_counts(model: Transformer, trained: list) -> tuple[int, int]:
 
 
 def kinds(names: list[str]) -> list[str]:
-    """Parameter names with the layer's number as *, each once: the trained set in a few words."""
-    return list(dict.fromkeys(".".join("*" if part.isdigit() else part for part in n.split(".")) for n in names))
+    """The names in a few words: a layer's number as *, and names that differ in one part only together in braces."""
+    found = list(dict.fromkeys(tuple("*" if part.isdigit() else part for part in n.split(".")) for n in names))
+    for place in range(-2, -5, -1):
+        together: dict[tuple, list[str]] = {}
+        for parts in found:
+            key = parts if len(parts) < -place else (*parts[:place], None, *parts[len(parts) + place + 1 :])
+            together.setdefault(key, []).append(parts[place] if len(parts) >= -place else "")
+        found = [tuple(_braces(v) if p is None else p for p in key) for key, v in together.items()]
+    return [".".join(parts) for parts in found]
+
+
+def _braces(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else "{" + ",".join(parts) + "}"
 
 
 def lines(figures: dict[str, Any]) -> list[str]:

@@ -1,14 +1,15 @@
 """Pure maps between layouts of weights: a lazy source in, a lazy source out. No files, no process groups, CPU only.
 
-    shards of m ranks ---- reshard.Merged ---\\
-    Hugging Face names --- hf.FromHF ---------+--> Source: whole tensors, Meta's names --> reshard.split / hf.ToHF / lora.Merged
-    GGUF names ----------- gguf.FromGGUF ----/
+    shards of m ranks ---- reshard.Merged ---+
+    Hugging Face names --- hf.FromHF --------+--> Source: whole tensors, Meta's names --> reshard.split, hf.ToHF,
+    GGUF names ----------- gguf.meta_names --+                                            lora.merged
 
-A `Source` knows names, shapes and dtypes without touching data and reads one slice at a time, so the largest thing ever held
-is one slice. The objects that open files are in `accessory/checkpoint/`. Tests: tests/unit/test_reshard.py, test_hf.py.
+A `Source` knows names, shapes and dtypes without touching data and reads one slice at a time, so the largest thing
+ever held is one slice. The objects that open files are in `accessory/checkpoint/`. Test: tests/unit/test_reshard.py
 """
 
-from typing import Any, Mapping, Protocol
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +18,11 @@ from accessory.model.args import ModelArgs
 from accessory.model.llama import global_shape
 
 LORA_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
+REMEDIES = {  # the first that applies
+    "mis-shaped": "the sizes in params.json or --llama_config belong to another model",
+    "missing": "a file of this checkpoint is missing, or n_layers or tie_word_embeddings belong to another model",
+    "unexpected": "the checkpoint holds more than the model: check n_layers, attention_bias, mlp_bias, tie_word_embeddings",
+}
 IGNORED_SUFFIXES = ("rope.freqs", ".rotary_emb.inv_freq")  # tables that old files carry; the model computes its own
 
 
@@ -30,8 +36,8 @@ class Source(Protocol):
     def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """The slice [start:stop) of `name` on `dim` (the whole tensor when dim is None): a fresh CPU tensor that owns its
-        memory and no more. KeyError for a name that is not in names()."""
+        """The slice [start:stop) of `name` on `dim` (the whole tensor when dim is None): a fresh CPU tensor that owns
+        its memory and no more. KeyError for a name that is not in names()."""
         ...
 
 
@@ -152,11 +158,7 @@ def require_keys(source: Source, args: ModelArgs, where: object, adapter: dict[s
     if not report:
         return
     parts = [f"{len(v)} {k} ({', '.join(v[:4])}{', ...' if len(v) > 4 else ''})" for k, v in report.items()]
-    remedy = "the sizes in params.json or --llama_config belong to another model" if "mis-shaped" in report else (
-        "a shard or file of this checkpoint is missing, or the sizes (n_layers, tie_word_embeddings) belong to another model"
-        if "missing" in report
-        else "the checkpoint holds more than this model has: check n_layers, attention_bias, mlp_bias, tie_word_embeddings"
-    )
+    remedy = next(text for kind, text in REMEDIES.items() if kind in report)
     raise ValueError(f"{where}: does not fit the model: {'; '.join(parts)}: {remedy}")
 
 

@@ -1,17 +1,18 @@
 """What a GGUF file of architecture `llama` says, in Meta's terms: names, params.json's keys, tokenizer files.
 
-    blk.3.attn_q.weight        layers.3.attention.wq.weight      (rows already in Meta's interleaved order: no reordering)
+    blk.3.attn_q.weight        layers.3.attention.wq.weight      (rows already interleaved as Meta's: no reordering)
     llama.attention.head_count n_heads
     tokenizer.ggml.*           tokenizer.json (gpt2 kind, byte-level BPE) or tokenizer.model (llama kind, sentencepiece)
 
 Everything here is a function of the metadata, a dict of GGUF's keys; `checkpoint.formats_read.GGUFFile` reads the file.
-Format: github.com/ggml-org/ggml docs/gguf.md; sentencepiece's: its sentencepiece_model.proto. Test: tests/unit/test_gguf.py
+Formats: github.com/ggml-org/ggml docs/gguf.md, sentencepiece's sentencepiece_model.proto. Test: tests/unit/test_gguf.py
 """
 
 import json
 import re
 import struct
-from typing import Any, Iterable
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +59,16 @@ def params_from_metadata(metadata: dict[str, Any], where: object, rope_factors: 
     if kind != "llama":
         raise ValueError(f"{where}: general.architecture {kind!r} is another architecture: only llama is read")
     if metadata.get("llama.expert_count"):
-        raise ValueError(f"{where}: llama.expert_count {metadata['llama.expert_count']}: mixtures of experts are not supported")
+        raise ValueError(
+            f"{where}: llama.expert_count {metadata['llama.expert_count']}: mixtures of experts are not supported"
+        )
 
     def get(key: str, default: Any = None) -> Any:
         value = metadata.get(f"llama.{key}", default)
         if value is None:
-            raise ValueError(f"{where}: llama.{key} is missing: the file is incomplete, convert the model to GGUF again")
+            raise ValueError(
+                f"{where}: llama.{key} is missing: the file is incomplete, convert the model to GGUF again"
+            )
         return value
 
     heads, dim = get("attention.head_count"), get("embedding_length")
@@ -117,15 +122,18 @@ def _rope_scaling(
 
 
 def tokenizer_files(metadata: dict[str, Any], where: object) -> dict[str, bytes]:
-    """File name -> content of the tokenizer inside the GGUF: tokenizer.json or tokenizer.model, and tokenizer_config.json
-    with its bos, eos and chat template. Raises ValueError for a kind that cannot be rebuilt, naming --tokenizer_path."""
+    """File name -> content of the tokenizer inside the GGUF: tokenizer.json or tokenizer.model, and
+    tokenizer_config.json with its bos, eos and chat template. Raises ValueError for a kind that cannot be rebuilt,
+    naming --tokenizer_path."""
     kind = metadata.get("tokenizer.ggml.model")
     if kind == "gpt2":
         files = {"tokenizer.json": byte_level_bpe(metadata, where).encode()}
     elif kind == "llama":
         files = {"tokenizer.model": sentencepiece_model(metadata)}
     else:
-        raise ValueError(f"{where}: a tokenizer of kind {kind!r} cannot be rebuilt: give the model's own with --tokenizer_path")
+        raise ValueError(
+            f"{where}: a tokenizer of kind {kind!r} cannot be rebuilt: give the model's own with --tokenizer_path"
+        )
     config = json.dumps(tokenizer_config(metadata), indent=2, ensure_ascii=False)
     return files | {"tokenizer_config.json": config.encode()}
 
@@ -138,7 +146,12 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
     bos_by_default = spm or get("pre") == "llama-bpe"
     config["add_bos_token"] = bos_by_default if get("add_bos_token") is None else get("add_bos_token")
     config["add_eos_token"] = bool(get("add_eos_token"))
-    for short, key in (("bos", "bos_token_id"), ("eos", "eos_token_id"), ("unk", "unknown_token_id"), ("pad", "padding_token_id")):
+    for short, key in (
+        ("bos", "bos_token_id"),
+        ("eos", "eos_token_id"),
+        ("unk", "unknown_token_id"),
+        ("pad", "padding_token_id"),
+    ):
         if get(key) is not None:
             config[f"{short}_token"] = tokens[get(key)]
     if "tokenizer.chat_template" in metadata:
@@ -174,7 +187,9 @@ def byte_level_bpe(metadata: dict[str, Any], where: object) -> str:
     vocab = {token: i for i, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=pre == "llama-bpe"))
     tokenizer.pre_tokenizer, tokenizer.decoder = splitter, decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == CONTROL])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t, k in zip(tokens, types) if k == CONTROL]
+    )
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types) if k == USER_DEFINED])
     return tokenizer.to_str(pretty=False)
 

@@ -3,10 +3,10 @@
     one head's rows   Meta  a0 b0 a1 b1 a2 b2     (rotary turns neighbours)
                       HF    a0 a1 a2 b0 b1 b2     (rotary turns halves)
 
-The rows of q_proj and k_proj (weight and bias) are reordered within each head, nothing else: so a slice of whole heads is
-read from the same rows. config.json has two dialects: up to transformers 4.x `rope_theta`, `rope_scaling`, `torch_dtype`; from
-5.x `rope_parameters` and `dtype`. Both are read, and both are written: an older reader of a 5.x file silently takes theta 10000.
-Test: tests/unit/test_hf.py (against transformers, round trips bit-equal).
+The rows of q_proj and k_proj (weight and bias) are reordered within each head, nothing else: so a slice of whole
+heads is read from the same rows. config.json has two dialects: up to transformers 4.x `rope_theta`, `rope_scaling`,
+`torch_dtype`; from 5.x `rope_parameters` and `dtype`. Both are read, and both are written: an older reader of a 5.x
+file silently takes theta 10000. Test: tests/unit/test_hf.py (against transformers, round trips bit-equal).
 
 Shapes: H heads, Dh head dim, D dim.
 """
@@ -99,8 +99,8 @@ class _Converted:
 
 
 class FromHF(_Converted):
-    """A source with Hugging Face's names, seen with Meta's names and rows. Names without a counterpart are kept as they are,
-    for the strict check to report."""
+    """A source with Hugging Face's names, seen with Meta's names and rows. Names without a counterpart are kept as
+    they are, for the strict check to report."""
 
     def __init__(self, source: Source, head_dim: int) -> None:
         names = {meta_name(n) or n: n for n in source.names() if not n.endswith(IGNORED_SUFFIXES)}
@@ -108,13 +108,16 @@ class FromHF(_Converted):
 
 
 class ToHF(_Converted):
-    """A source with Meta's names, seen with Hugging Face's names and rows. Raises ValueError for what HF has no place for."""
+    """A source with Meta's names, seen with Hugging Face's names and rows. Raises ValueError for what HF has no place
+    for."""
 
     def __init__(self, source: Source, args: ModelArgs) -> None:
         names = {}
         for name in source.names():
             if is_lora(name):
-                raise ValueError(f"{name} is a LoRA weight, which a Hugging Face model has no place for: run tools/merge_lora.py first")
+                raise ValueError(
+                    f"{name} is a LoRA weight, which Hugging Face has no place for: run tools/merge_lora.py first"
+                )
             if name == "output.weight" and args.tie_word_embeddings:
                 continue
             if (hf := hf_name(name)) is None:
@@ -124,17 +127,21 @@ class ToHF(_Converted):
 
 
 def params_from_config(config: dict[str, Any], where: object = "config.json") -> dict[str, Any]:
-    """config.json of either dialect -> params.json's keys. Raises ValueError naming `where`, the key and the value for a
-    model that is not LLaMA or Mistral, or one with parts that would be computed differently."""
+    """config.json of either dialect -> params.json's keys. Raises ValueError naming `where`, the key and the value
+    for a model that is not LLaMA or Mistral, or one with parts that would be computed differently."""
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
-        raise ValueError(f"{where}: model_type {kind!r} is another architecture: only {' and '.join(MODEL_TYPES)} are read")
+        raise ValueError(
+            f"{where}: model_type {kind!r} is another architecture: only {' and '.join(MODEL_TYPES)} are read"
+        )
     if missing := [k for k in NEEDED if k not in config]:
         raise ValueError(f"{where}: {', '.join(missing)} is missing")
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"{where}: hidden_act {config['hidden_act']!r}: only silu is supported")
     if config.get("quantization_config"):
-        raise ValueError(f"{where}: quantization_config: the weights are quantised; take the model in bf16, fp16 or fp32")
+        raise ValueError(
+            f"{where}: quantization_config: the weights are quantised; take the model in bf16, fp16 or fp32"
+        )
     heads = config["num_attention_heads"]
     params = {
         "dim": config["hidden_size"],
@@ -160,12 +167,16 @@ def rope_params(config: dict[str, Any], where: object) -> dict[str, Any]:
     theta = new.pop("rope_theta", None)
     old_theta = old.pop("rope_theta", None) or config.get("rope_theta")
     if theta is not None and old_theta is not None and float(theta) != float(old_theta):
-        raise ValueError(f"{where}: rope_theta {old_theta} and rope_parameters.rope_theta {theta} disagree: remove the wrong one")
+        raise ValueError(
+            f"{where}: rope_theta {old_theta} and rope_parameters.rope_theta {theta} disagree: remove the wrong one"
+        )
     scaling = new or old
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if kind == "dynamic":
-        raise ValueError(f"{where}: rope_scaling 'dynamic' changes with the length of the text and is not supported: use linear or yarn")
+        raise ValueError(
+            f"{where}: rope_scaling 'dynamic' changes with the text's length and is not supported: use linear or yarn"
+        )
     if kind == "default":
         scaling = {}
     elif kind == "yarn":
@@ -187,7 +198,9 @@ def config_from_args(args: ModelArgs, dtype: torch.dtype, special_ids: dict[str,
     scaling.pop("rope_theta", None)
     kind = "mistral" if args.sliding_window else "llama"
     if kind == "mistral" and (args.attention_bias or args.mlp_bias):
-        raise ValueError("sliding_window together with biases has no Hugging Face architecture: export without sliding_window")
+        raise ValueError(
+            "sliding_window together with biases has no Hugging Face architecture: export without sliding_window"
+        )
     name = str(dtype).removeprefix("torch.")
     config = {
         "architectures": [MODEL_TYPES[kind]],

@@ -1,12 +1,12 @@
-"""LoRA merged into its base: W + (alpha / rank) B A, computed in fp32, returned in the base's dtype, one slice at a time.
+"""LoRA merged into its base: W + (alpha / rank) B A, in fp32, returned in the base's dtype, one slice at a time.
 
     base    layers.0.attention.wq.weight            (out, in)  bf16
     adapter layers.0.attention.wq.lora_a.weight A   (r, in)    fp32     B rows and A columns are sliced along with W
             layers.0.attention.wq.lora_b.weight B   (out, r)   fp32
-            output.weight, ...bias, ...norm.weight             replace the base's (modules_to_save, bias and norm tuning)
+            output.weight, ...bias, ...norm.weight          replace the base's (modules_to_save, bias and norm tuning)
 
-Reading fills `changes`, the largest change of each weight after rounding to the base's dtype: a merge that changes nothing
-is a mistake and `require_change` says so. Test: tests/unit/test_merge.py
+Reading fills `changes`, the largest change of each weight after rounding to the base's dtype: a merge that changes
+nothing is a mistake and `require_change` says so. Test: tests/unit/test_merge.py
 """
 
 from typing import Any
@@ -42,7 +42,9 @@ class MergedLoRA:
                 raise ValueError(f"{name} is {out}x{columns}, but the adapter's {shapes} are of another model")
         for name in self._replaced:
             if name in self._base and self.adapter.shape(name) != self.base.shape(name):
-                raise ValueError(f"{name} is {self.base.shape(name)} in the base and {self.adapter.shape(name)} in the adapter")
+                raise ValueError(
+                    f"{name} is {self.base.shape(name)} in the base and {self.adapter.shape(name)} in the adapter"
+                )
 
     def names(self) -> list[str]:
         return self.base.names() + [n for n in self._replaced if n not in self._base]
@@ -62,7 +64,12 @@ class MergedLoRA:
             assert old is not None
             a, b = lora_names(name)
             rows, columns = ((dim, start, stop) if dim == d else (None, 0, None) for d in (0, 1))
-            new = torch.addmm(old.float(), self.adapter.read(b, *rows).float(), self.adapter.read(a, *columns).float(), alpha=self.scale)
+            new = torch.addmm(
+                old.float(),
+                self.adapter.read(b, *rows).float(),
+                self.adapter.read(a, *columns).float(),
+                alpha=self.scale,
+            )
         else:
             assert old is not None
             return old
@@ -71,10 +78,12 @@ class MergedLoRA:
         return new
 
     def _note(self, name: str, new: Tensor, old: Tensor | None) -> None:
-        change = new.float() if old is None else new.float().sub_(old)
-        largest = change.abs_().max().item() if change.numel() else 0.0
+        change = new.float() if old is None else new.float() - old.float()
+        largest = change.abs().max().item() if change.numel() else 0.0
         if not largest < float("inf"):
-            raise ValueError(f"{name} is not finite after merging: the adapter is damaged, or too large for {self.dtype(name)}")
+            raise ValueError(
+                f"{name} is not finite after merging: the adapter is damaged, or too large for {self.dtype(name)}"
+            )
         self.changes[name] = max(self.changes.get(name, 0.0), largest)
 
     def require_change(self) -> tuple[str, float]:
@@ -95,7 +104,9 @@ def merged(base: Source, adapter: Source, config: dict[str, Any]) -> MergedLoRA:
 def separated(source: Source) -> tuple[Source, Source]:
     """A source that holds base and LoRA together (Accessory's checkpoints) as (base, adapter)."""
     names = source.names()
-    return Renamed(source, {n: n for n in names if not is_lora(n)}), Renamed(source, {n: n for n in names if is_lora(n)})
+    return Renamed(source, {n: n for n in names if not is_lora(n)}), Renamed(
+        source, {n: n for n in names if is_lora(n)}
+    )
 
 
 def lora_names(weight: str) -> tuple[str, str]:

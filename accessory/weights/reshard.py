@@ -14,7 +14,8 @@ On which dim a weight is split stands beside the model (`shard_dim`); three thin
 Test: tests/unit/test_reshard.py
 """
 
-from typing import Any, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,15 @@ class Merged:
         return self._gather(name, shape, split_on, start, stop, None, 0, None)
 
     def _gather(
-        self, name: str, shape: list[int], split_on: int, first: int, last: int | None, dim: int | None, start: int, stop: int | None
+        self,
+        name: str,
+        shape: list[int],
+        split_on: int,
+        first: int,
+        last: int | None,
+        dim: int | None,
+        start: int,
+        stop: int | None,
     ) -> Tensor:
         """[first:last) of the whole on the files' dim; on `dim` of each file [start:stop)."""
         out, at, offset = torch.empty(shape, dtype=self.dtype(name)), 0, 0
@@ -113,8 +122,8 @@ class Merged:
         if sum(columns) == dim:
             return 1
         raise ValueError(
-            f"{self.files[0]}: {EMBEDDING} has {columns} columns in {len(columns)} shards, which is neither dim {dim} in each nor"
-            f" {dim} together: a shard is missing, or one of another checkpoint is in the directory"
+            f"{self.files[0]}: {EMBEDDING} has {columns} columns in {len(columns)} shards, neither dim {dim} in each "
+            f"nor {dim} together: a shard is missing, or one of another checkpoint is in the directory"
         )
 
     def _kv_repeats(self, name: str, params: dict[str, Any]) -> int:
@@ -123,7 +132,7 @@ class Merged:
         kv = params.get("n_kv_heads") or params.get("n_heads")
         if module not in ("wk", "wv") or not kv or self._dim(name) != 0 or len(self.shards) <= kv:
             return 1
-        head = params.get("head_dim") or params.get("dim", 4096) // params["n_heads"]
+        head = params.get("head_dim") or params.get("dim", 4096) // params.get("n_heads", 32)
         rows, repeats = sum(s.shape(name)[0] for s in self.shards), len(self.shards) // kv
         return repeats if rows == repeats * kv * head else 1
 
@@ -133,14 +142,17 @@ class Merged:
             if odd := sorted(first ^ set(shard.names())):
                 has, lacks = (self.files[0], file) if odd[0] in first else (file, self.files[0])
                 raise ValueError(
-                    f"{lacks}: {odd[0]} is missing, but {has} has it ({len(odd)} such keys): the files are not shards of one checkpoint"
+                    f"{lacks}: {odd[0]} is missing, but {has} has it ({len(odd)} such keys): "
+                    "the files are not shards of one checkpoint"
                 )
 
     def _check_shapes(self, name: str) -> None:
         """Everything but the split dim, and the dtype, must agree."""
         dim, first = self._dim(name), self.shards[0]
         if dim is not None and dim >= len(first.shape(name)):
-            raise ValueError(f"{self.files[0]}: {name} has shape {first.shape(name)}, expected one that can be split on dim {dim}")
+            raise ValueError(
+                f"{self.files[0]}: {name} has shape {first.shape(name)}, expected one that can be split on dim {dim}"
+            )
 
         def rest(shard: Source) -> tuple:
             return shard.dtype(name), *(s for i, s in enumerate(shard.shape(name)) if i != dim)
@@ -148,8 +160,8 @@ class Merged:
         for shard, file in zip(self.shards[1:], self.files[1:]):
             if rest(shard) != rest(first):
                 raise ValueError(
-                    f"{file}: {name} is {shard.shape(name)} {shard.dtype(name)}, which does not go with {first.shape(name)} "
-                    f"{first.dtype(name)} in {self.files[0]}: the files are not shards of one checkpoint"
+                    f"{file}: {name} is {shard.shape(name)} {shard.dtype(name)}, which does not go with "
+                    f"{first.shape(name)} {first.dtype(name)} in {self.files[0]}: not shards of one checkpoint"
                 )
 
     def _check_copies(self, name: str, shards: Sequence[Source]) -> None:
@@ -159,10 +171,10 @@ class Merged:
         first = _bits(shards[0].read(name))
         for shard in shards[1:]:
             if not torch.equal(first, _bits(shard.read(name))):
-                file = self.files[self.shards.index(shard)]
+                file, other = (self.files[self.shards.index(s)] for s in (shard, shards[0]))
                 raise ValueError(
-                    f"{file}: {name} differs from {self.files[self.shards.index(shards[0])]}, but every shard must hold the same "
-                    "copy: the files are not shards of one checkpoint, or one is damaged"
+                    f"{file}: {name} differs from {other}, but both must hold the same copy: "
+                    "the files are not shards of one checkpoint, or one is damaged"
                 )
 
     def _check_repeats(self, name: str) -> None:
@@ -186,9 +198,11 @@ def _bits(tensor: Tensor) -> Tensor:
 def shard_range(
     name: str, shape: Sequence[int], args: ModelArgs, size: int, rank: int, embedding_dim: int = 0
 ) -> tuple[int | None, int, int | None]:
-    """(dim, start, stop): which slice of a whole tensor of `shape` goes into file `rank` of `size`; dim None: all of it.
+    """(dim, start, stop): which slice of a whole tensor of `shape` goes into file `rank` of `size`; dim None: all of
+    it.
 
-    The vocabulary may be uneven: floor(V / size) rows each and the rest in the last file, as published files have it."""
+    The vocabulary may be uneven: floor(V / size) rows each and the rest in the last file, as published files have
+    it."""
     dim = embedding_dim if name == EMBEDDING else shard_dim(name)
     if dim is None:
         return None, 0, None
@@ -197,12 +211,15 @@ def shard_range(
         rank, size = rank // (size // args.kv_heads), args.kv_heads
     part = total // size
     if total % size and not (dim == 0 and name in (EMBEDDING, "output.weight")):
-        raise ValueError(f"{name} has {total} {'rows' if dim == 0 else 'columns'}, which {size} shards cannot share evenly")
+        raise ValueError(
+            f"{name} has {total} {'rows' if dim == 0 else 'columns'}, which {size} shards cannot share evenly"
+        )
     return dim, rank * part, total if rank == size - 1 else (rank + 1) * part
 
 
 def split(source: Source, args: ModelArgs, mp: int, rank: int, embedding_dim: int = 0) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) of shard `rank` of `mp`, as files hold them. Raises ValueError when `mp` is not allowed for `args`."""
+    """(name, tensor) of shard `rank` of `mp`, as files hold them. Raises ValueError when `mp` is not allowed for
+    `args`."""
     check_model_parallel(args, mp)
     for name in source.names():
         yield name, source.read(name, *shard_range(name, source.shape(name), args, mp, rank, embedding_dim))

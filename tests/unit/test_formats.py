@@ -1,11 +1,11 @@
-"""Every kind of checkpoint is recognised by content and read as the same tensors; every damaged one is refused in one line."""
+"""Every kind of checkpoint is recognised and read as the same tensors; every damaged one is refused in one line."""
 
 import itertools
 import json
 import os
-import pickle
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -46,7 +46,9 @@ def same(checkpoint, tensors: dict[str, torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("shards, embedding_dim", [(1, 0), (2, 0), (2, 1), (4, 1)])
 @pytest.mark.parametrize("style", ["meta_ori", "consolidated"])
-def test_what_is_written_is_read_back_bit_equal(tmp_path: Path, tensors, style: str, shards: int, embedding_dim: int) -> None:
+def test_what_is_written_is_read_back_bit_equal(
+    tmp_path: Path, tensors, style: str, shards: int, embedding_dim: int
+) -> None:
     files = write_meta(tmp_path, TensorSource(tensors), params(), None, None, shards, embedding_dim, style)
     first = "consolidated.00.pth" if style == "meta_ori" else f"consolidated.00-of-{shards:02d}.model.pth"
     assert files[0].name == first and len(files) == shards
@@ -64,14 +66,22 @@ def test_accessory_files_lose_wrapper_and_prefix_and_tell_their_lora(tmp_path: P
     for rank in range(2):
         shard = {f"llma.{name}": t for name, t in split(TensorSource(tensors), args, 2, rank, 1)}
         torch.save({"model": shard}, tmp_path / f"consolidated.{rank:02d}-of-02.model.pth")
-    config = ARGS.to_dict() | {"max_batch_size": 32, "max_seq_len": 2048, "lora_rank": 3, "bias_tuning": True, "rope_scaling": 0.5}
+    config = ARGS.to_dict() | {
+        "max_batch_size": 32,
+        "max_seq_len": 2048,
+        "lora_rank": 3,
+        "bias_tuning": True,
+        "rope_scaling": 0.5,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config | {"ffn_dim_multiplier": None}))
     (tmp_path / "tokenizer.model").write_bytes(b"x")
     checkpoint = open_checkpoint(tmp_path)
     same(checkpoint, tensors)
     assert checkpoint.adapter["lora_rank"] == 3 and checkpoint.adapter["lora_alpha"] == 3.0
     assert checkpoint.adapter["lora_targets"] == ["w1", "w2", "w3", "wk", "wo", "wq", "wv"]
-    assert checkpoint.params["attention_bias"] and checkpoint.params["mlp_bias"] and "lora_rank" not in checkpoint.params
+    assert (
+        checkpoint.params["attention_bias"] and checkpoint.params["mlp_bias"] and "lora_rank" not in checkpoint.params
+    )
     assert ModelArgs.from_dict(checkpoint.params).rope_scaling == {"rope_type": "linear", "factor": 2.0}
     assert checkpoint.tokenizer == tmp_path / "tokenizer.model"
     require_keys(checkpoint.source, ModelArgs.from_dict(checkpoint.params), tmp_path, checkpoint.adapter)
@@ -149,13 +159,17 @@ print(worst)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_slices_of_a_big_file_do_not_hold_the_file(tmp_path: Path) -> None:
-    args = ModelArgs(dim=1024, n_layers=6, n_heads=8, vocab_size=4096, tie_word_embeddings=False)
+    args = ModelArgs(dim=1024, n_layers=3, n_heads=8, vocab_size=4096, tie_word_embeddings=False)
     big = {n: torch.zeros(t.shape, dtype=torch.bfloat16) for n, t in random_tensors_meta(args).items()}
     file = write_consolidated(tmp_path, big.items(), style="meta_ori")
-    code = PEAK.replace("source = open", "import accessory.checkpoint.formats_read as r; r.MAPPED_LIMIT = 20 * 2**20\nsource = open")
+    code = PEAK.replace(
+        "source = open", "import accessory.checkpoint.formats_read as r; r.MAPPED_LIMIT = 8 * 2**20\nsource = open"
+    )
     root = Path(__file__).resolve().parents[2]
-    out = subprocess.run([sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True)
-    assert file.stat().st_size > 150 * 2**20 and float(out.stdout) < 50, out.stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=True
+    )
+    assert file.stat().st_size > 85 * 2**20 and float(out.stdout) < 40, out.stdout
 
 
 def random_tensors_meta(args: ModelArgs) -> dict[str, torch.Tensor]:
@@ -209,7 +223,11 @@ def old_torch(d: Path) -> None:
 
 
 def code(d: Path) -> None:
-    torch.save({"norm.weight": Evil()}, d / "consolidated.00.pth", pickle_module=pickle)
+    torch.save({"norm.weight": Evil()}, d / "consolidated.00.pth")
+
+
+def code_of_protocol_4(d: Path) -> None:
+    torch.save({"norm.weight": Evil()}, d / "consolidated.00.pth", pickle_protocol=4)
 
 
 def no_tensors(d: Path) -> None:
@@ -297,19 +315,27 @@ def to_hf(d: Path, limit: str = "5GB") -> None:
     write_hf(d, TensorSource(random_tensors(ARGS, dtype=torch.bfloat16)), ARGS, max_shard_size=limit)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize(
     "damage, message",
     [
         (gap, r"consolidated\.01\.pth is missing, but consolidated\.02\.pth is there"),
         (mixed_kinds, r"several kinds, meta_ori and consolidated: choose with --pretrained_type"),
-        (mixed_splits, r"consolidated\.00-of-01\.model\.pth and consolidated\.00-of-02\.model\.pth are shards of different splits"),
+        (
+            mixed_splits,
+            r"consolidated\.00-of-01\.model\.pth and consolidated\.00-of-02\.model\.pth are shards of different splits",
+        ),
         (missing_of, r"consolidated\.00-of-02\.model\.pth is missing"),
         (truncated, r"consolidated\.00\.pth: is truncated or damaged"),
-        (half_zip, r"consolidated\.00\.pth: is truncated or damaged"),
+        (half_zip, r"consolidated\.00\.pth: its pickle is damaged or holds more than plain tensors"),
         (not_zip, r"consolidated\.00\.pth: is not a torch checkpoint"),
         (empty_file, r"consolidated\.00\.pth: is not a torch checkpoint"),
         (old_torch, r"consolidated\.00\.pth: is in torch's format from before 1\.6"),
         (code, r"consolidated\.00\.pth: (posix|nt)\.system in its pickle could run code"),
+        (
+            code_of_protocol_4,
+            r"consolidated\.00\.pth: its pickle is damaged or holds more than plain tensors.*could run code",
+        ),
         (no_tensors, r"consolidated\.00\.pth: 'norm\.weight' is a int"),
         (a_list, r"consolidated\.00\.pth: holds a list"),
         (deflated, r"consolidated\.00\.pth: holds compressed entries"),
@@ -328,7 +354,9 @@ def to_hf(d: Path, limit: str = "5GB") -> None:
         (bad_gguf, r"m\.gguf: is truncated or damaged"),
     ],
 )
-def test_wrong_input_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch, tensors, damage, message: str) -> None:
+def test_wrong_input_is_one_line_that_names_the_file(
+    tmp_path: Path, monkeypatch, tensors, damage, message: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     write_consolidated(tmp_path, tensors.items(), params(), style="meta_ori")
     damage(tmp_path)
@@ -340,10 +368,15 @@ def test_wrong_input_is_one_line_that_names_the_file(tmp_path: Path, monkeypatch
 def test_what_pretrained_type_insists_on(tmp_path: Path, tensors) -> None:
     write_consolidated(tmp_path, tensors.items(), params(), style="meta_ori")
     mixed_kinds(tmp_path)
-    assert open_checkpoint(tmp_path, "meta_ori").kind == "meta_ori" and open_checkpoint(tmp_path, "consolidated").kind == "consolidated"
+    assert (
+        open_checkpoint(tmp_path, "meta_ori").kind == "meta_ori"
+        and open_checkpoint(tmp_path, "consolidated").kind == "consolidated"
+    )
     with pytest.raises(ValueError, match="--pretrained_type hf, but .* holds meta_ori and consolidated"):
         open_checkpoint(tmp_path, "hf")
-    with pytest.raises(ValueError, match="--pretrained_type safetensors: choose one of meta_ori, consolidated, hf, gguf"):
+    with pytest.raises(
+        ValueError, match="--pretrained_type safetensors: choose one of meta_ori, consolidated, hf, gguf"
+    ):
         open_checkpoint(tmp_path, "safetensors")
     with pytest.raises(ValueError, match="consolidated.00.pth is a file: give the directory"):
         open_checkpoint(tmp_path / "consolidated.00.pth")
@@ -354,7 +387,10 @@ def test_what_pretrained_type_insists_on(tmp_path: Path, tensors) -> None:
 def test_wrong_sizes_are_reported_key_by_key(tmp_path: Path, tensors) -> None:
     write_consolidated(tmp_path, tensors.items(), params() | {"n_layers": 3, "hidden_dim": 40}, style="meta_ori")
     checkpoint = open_checkpoint(tmp_path)
-    with pytest.raises(ValueError, match=r"9 missing \(layers\.2.*6 mis-shaped \(layers\.0\.feed_forward\.w1\.weight is 48x32, not 40x32"):
+    with pytest.raises(
+        ValueError,
+        match=r"9 missing \(layers\.2.*6 mis-shaped \(layers\.0\.feed_forward\.w1\.weight is 48x32, not 40x32",
+    ):
         require_keys(checkpoint.source, ModelArgs.from_dict(checkpoint.params), tmp_path)
     with pytest.raises(ValueError, match="does not fit the model"):
         write_meta(tmp_path, checkpoint.source, checkpoint.params)
@@ -375,13 +411,13 @@ def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_an_error_with_the_free_space(tmp_path: Path, tensors) -> None:
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
-    import signal
-
     old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limit[1]))
     try:
-        with pytest.raises((ValueError, OSError), match="could not be written|File too large"):
+        with pytest.raises(ValueError, match=r"-of-01\.model\.pth: could not be written, \d+ MiB are free"):
             write_consolidated(tmp_path, tensors.items())
+        with pytest.raises(ValueError, match=r"model\.safetensors: could not be written, \d+ MiB are free"):
+            write_hf(tmp_path, TensorSource(tensors), ARGS)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         signal.signal(signal.SIGXFSZ, old)

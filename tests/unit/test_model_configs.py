@@ -57,7 +57,9 @@ def test_overlay_changes_only_its_keys(overlay):
 
 
 def test_rope_scaling_of_the_families():
-    factor = {name: (ModelArgs.from_files([CONFIGS / f"{name}.json"]).rope_scaling or {}).get("factor") for name in PUBLISHED}
+    factor = {
+        name: (ModelArgs.from_files([CONFIGS / f"{name}.json"]).rope_scaling or {}).get("factor") for name in PUBLISHED
+    }
     assert {name: value for name, value in factor.items() if value} == {
         "llama3.1_8b": 8,
         "llama3.1_70b": 8,

@@ -1,4 +1,4 @@
-"""m shards -> whole -> n shards: every slice bit-equal to the whole tensor's, for sizes that divide each other and that do not."""
+"""m shards -> whole -> n shards: every slice bit-equal to the whole tensor's, whether or not the sizes divide."""
 
 import itertools
 
@@ -10,7 +10,9 @@ from accessory.weights import TensorSource, check_keys, expected_shapes
 from accessory.weights.reshard import Merged, shard_range, split
 
 SIZES = (1, 2, 3, 4, 6)
-ARGS = ModelArgs(dim=48, n_layers=1, n_heads=24, n_kv_heads=4, vocab_size=101, hidden_dim=72, head_dim=2, tie_word_embeddings=False)
+ARGS = ModelArgs(
+    dim=48, n_layers=1, n_heads=24, n_kv_heads=4, vocab_size=101, hidden_dim=72, head_dim=2, tie_word_embeddings=False
+)
 MHA = ModelArgs.from_dict(ARGS.to_dict() | {"n_kv_heads": 24})
 
 
@@ -48,7 +50,7 @@ def test_any_number_of_shards_reads_as_any_other(m: int, kv_heads: int, embeddin
     for name, tensor in tensors.items():
         assert source.shape(name) == tuple(tensor.shape), name
         assert torch.equal(source.read(name), tensor), name
-        for n, rank in ((n, r) for n in SIZES if n % kv_heads == 0 or kv_heads % n == 0 for r in range(n)):
+        for n, rank in [(k, r) for k in SIZES if k % kv_heads == 0 or kv_heads % k == 0 for r in range(k)]:
             dim, start, stop = shard_range(name, tensor.shape, args, n, rank)
             expected = tensor if dim is None else tensor.narrow(dim, start, stop - start)
             assert torch.equal(source.read(name, dim, start, stop), expected), (name, m, n, rank)
@@ -58,12 +60,23 @@ def test_every_slice_on_either_dim_is_exact() -> None:
     tensors = random_tensors(MHA)
     for m, embedding_dim in itertools.product((2, 3), (0, 1)):
         source = merged(shards_of(tensors, MHA, m, embedding_dim), MHA)
-        for name in ("tok_embeddings.weight", "layers.0.attention.wo.weight", "layers.0.attention.wk.weight", "output.weight"):
+        for name in (
+            "tok_embeddings.weight",
+            "layers.0.attention.wo.weight",
+            "layers.0.attention.wk.weight",
+            "output.weight",
+        ):
             for dim in (0, 1):
                 size = tensors[name].shape[dim]
                 for start, stop in itertools.combinations(range(0, size + 1, 5), 2):
                     piece = source.read(name, dim, start, stop)
-                    assert torch.equal(piece, tensors[name].narrow(dim, start, stop - start)), (name, m, dim, start, stop)
+                    assert torch.equal(piece, tensors[name].narrow(dim, start, stop - start)), (
+                        name,
+                        m,
+                        dim,
+                        start,
+                        stop,
+                    )
                     assert piece.untyped_storage().nbytes() == piece.nbytes and piece.is_contiguous()
 
 
@@ -81,7 +94,9 @@ def test_more_shards_than_kv_heads_hold_copies_that_are_read_once_and_compared()
     shards = shards_of(tensors, args, 6, 0)
     assert [s.shape(name)[0] for s in shards] == [2] * 6 and merged(shards, args).shape(name) == (4, 48)
     shards[4].tensors[name][0, 0] += 1
-    with pytest.raises(ValueError, match=r"consolidated\.04\.pth: layers\.0\.attention\.wk\.weight differs from consolidated\.03\.pth"):
+    with pytest.raises(
+        ValueError, match=r"consolidated\.04\.pth: layers\.0\.attention\.wk\.weight differs from consolidated\.03\.pth"
+    ):
         merged(shards, args).read(name)
 
 
@@ -132,7 +147,13 @@ def test_a_stray_shard_of_a_wider_split_shows_in_the_shapes() -> None:
 def test_check_keys_names_every_kind_of_misfit() -> None:
     tensors = random_tensors(ARGS)
     del tensors["layers.0.attention.wv.weight"]
-    tensors |= {"layers.0.attention.wz.weight": torch.ones(1), "norm.weight": torch.ones(3), "rope.freqs": torch.ones(1)}
+    tensors |= {
+        "layers.0.attention.wz.weight": torch.ones(1),
+        "norm.weight": torch.ones(3),
+        "rope.freqs": torch.ones(1),
+    }
     report = check_keys(TensorSource(tensors), ARGS)
-    assert report["missing"] == ["layers.0.attention.wv.weight"] and report["unexpected"] == ["layers.0.attention.wz.weight"]
+    assert report["missing"] == ["layers.0.attention.wv.weight"] and report["unexpected"] == [
+        "layers.0.attention.wz.weight"
+    ]
     assert report["mis-shaped"] == ["norm.weight is 3, not 48"]

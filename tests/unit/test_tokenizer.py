@@ -46,11 +46,11 @@ def asset(*names: str) -> Path:
     return path
 
 
-def write_sentencepiece(directory: Path) -> Path:
+def write_sentencepiece(directory: Path, **extra) -> Path:
     import sentencepiece
 
     options = {"vocab_size": 360, "model_type": "bpe", "character_coverage": 1.0, "byte_fallback": True}
-    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
+    lossless = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, **extra}
     corpus = iter([part for line in CORPUS for part in line.split("\n")] * 4)
     prefix = directory / "tokenizer"
     sentencepiece.SentencePieceTrainer.train(
@@ -160,6 +160,9 @@ def test_fingerprints_differ_by_kind_and_by_pieces(files: dict[str, Path], tmp_p
     prints = {Tokenizer.open(files[kind]).fingerprint for kind in KINDS}
     other = Tokenizer.open(write_hf(tmp_path, ("<|endoftext|>", "<|im_end|>", "<|im_start|>"))).fingerprint
     assert len(prints | {other}) == 4 and all(len(p) == 64 for p in prints)
+    renamed = Tokenizer.open(files["tiktoken"])
+    renamed.kind = "hf"  # the same pieces, cut by other rules
+    assert renamed.fingerprint not in prints
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -268,6 +271,14 @@ def test_add_bos_token_beside_a_sentencepiece_model_wins(files: dict[str, Path],
     (tmp_path / "tokenizer_config.json").write_text('{"add_bos_token": ')
     with pytest.raises(ValueError, match="tokenizer_config.json: not JSON"):
         Tokenizer.open(tmp_path)
+
+
+def test_a_continuation_where_newlines_are_normalised_away(tmp_path: Path) -> None:
+    path = write_sentencepiece(tmp_path, normalization_rule_name="nmt_nfkc", remove_extra_whitespaces=True)
+    tokenizer = Tokenizer.open(path)
+    assert tokenizer.encode("\n") == []
+    head, ids = tokenizer.encode("task:"), tokenizer.encode_continuation("Write")
+    assert tokenizer.decode([*head, *ids]) == "task:Write" and ids != tokenizer.encode("Write")
 
 
 # --- Llama 3 ----------------------------------------------------------------------------------------------------------
@@ -394,6 +405,8 @@ def test_files_beside_a_tokenizer_json_name_its_special_tokens(tmp_path: Path) -
     assert Tokenizer.open(path).bos_id == 2 and Tokenizer.open(path).eos_id == 1
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<|begin_of_text|>", "eos_token": "<|eom_id|>"}')
     assert Tokenizer.open(path).bos_id == 0 and Tokenizer.open(path).eos_id == 2
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|eot_id|>"}')  # the strongest of them
+    assert Tokenizer.open(path).bos_id == 0 and Tokenizer.open(path).eos_id == 3
 
 
 def test_no_bos_by_configuration_stays_no_bos(tmp_path: Path) -> None:
