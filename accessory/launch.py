@@ -1,17 +1,20 @@
 """torchrun with a quiet end: `python -m accessory.launch --nproc_per_node 8 -m accessory.main_finetune --lr 2e-5 ...`
 
-Takes torchrun's own flags and starts the same agent. It differs in four things:
+Takes torchrun's own flags and starts the same agent. It differs in five things:
   - a failed run ends with the one line of the rank that failed first, not with torchrun's traceback and table;
+  - SIGTERM and Ctrl-C are passed on and waited for, so that a run can save (torchrun kills it after 30 s); a second ends it;
   - one-node runs take a free port by themselves, so two can share a machine;
   - OMP_NUM_THREADS is this machine's cores divided by the ranks (torchrun sets 1, which idles a CPU run);
   - TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 cannot restart or grow an elastic job.
 """
 
+import contextlib
 import json
 import logging
 import os
 import signal
 import sys
+from pathlib import Path
 
 
 def main(argv: list[str]) -> int:
@@ -30,15 +33,32 @@ def main(argv: list[str]) -> int:
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(args.nproc_per_node)))
     for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    received: list[int] = []
+    if hasattr(args, "signals_to_handle"):  # torch 2.10 and later; without it the agent's own 30 s hold
+        args.signals_to_handle = "SIGHUP,SIGQUIT"
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda number, frame: pass_on(number, received))
     try:
         run(args)
     except ChildFailedError as error:
-        print(last_line(error), file=sys.stderr, flush=True)
-        return 1
-    except SignalException as error:  # the workers got the signal too, saved and left
-        print(f"stopped by {signal.Signals(error.sigval).name}: the same command continues the run", file=sys.stderr, flush=True)
-        return 128 + error.sigval
+        if not received:
+            print(last_line(error), file=sys.stderr, flush=True)
+            return 1
+    except SignalException as error:
+        received.append(error.sigval)
+    if received:
+        print(f"stopped by {signal.Signals(received[0]).name}: the same command continues the run", file=sys.stderr, flush=True)
+        return 128 + received[0]
     return 0
+
+
+def pass_on(number: int, received: list[int]) -> None:
+    """SIGTERM to every worker (also for a Ctrl-C, which they got too: one each is enough); SIGKILL at the second signal."""
+    received.append(number)
+    for task in Path("/proc/self/task").glob("*/children"):
+        for worker in task.read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(worker), signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
 
 def last_line(error) -> str:

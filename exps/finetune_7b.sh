@@ -47,7 +47,7 @@ if [ "${SMOKE:-0}" = 1 ]; then                            # other values for the
 fi
 output_dir=${output_dir:-output/$exp_name}
 
-"$python" -m accessory.launch --nproc_per_node "$nproc_per_node" \
+exec "$python" -m accessory.launch --nproc_per_node "$nproc_per_node" \
   ${NNODES:+--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"} \
   -m accessory.main_finetune \
   --pretrained_path "$pretrained_path" --pretrained_type "$pretrained_type" \

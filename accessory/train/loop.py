@@ -57,7 +57,7 @@ class LoopArgs:
 
 def every(steps: float, max_steps: int, windows: int) -> int:
     """--eval_steps or --save_steps as a whole number of steps: a count, a share of the run, or (0) an epoch."""
-    return windows if steps == 0 else math.ceil(steps * max_steps) if steps < 1 else int(steps)
+    return windows if steps == 0 else math.ceil(round(steps * max_steps, 6)) if steps < 1 else int(steps)
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

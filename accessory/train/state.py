@@ -70,7 +70,7 @@ class StopSignal:
         self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _note(self, number: int, frame: Any) -> None:
-        if self.received == signal.SIGINT == number:
+        if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = number
 
