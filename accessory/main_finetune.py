@@ -101,7 +101,8 @@ def main(run: RunArgs, parallel: ParallelArgs, tuning: TuningArgs, data: DataArg
         log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; a larger --max_steps or --epochs goes on", groups.rank())
         return
 
-    identity = export.BaseIdentity(checkpoint)
+    expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
+    identity = export.BaseIdentity(checkpoint, expected)
     only_trainable = tuning.partly if run.only_save_trainable is None else run.only_save_trainable
     dtypes = {n: checkpoint.source.dtype(n) for n in checkpoint.source.names()}
     terms = {k: getattr(tuning, k) for k in ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")}

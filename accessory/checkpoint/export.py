@@ -23,11 +23,16 @@ from accessory.parallel.fsdp import gathered
 
 
 class BaseIdentity:
-    """Path, sizes and sha256 of the base's files, hashed on rank 0 while the run goes on; `record()` waits for the hash."""
+    """Path, sizes and sha256 of the base's files, hashed on rank 0 while the run goes on; `record()` waits for the hash.
 
-    def __init__(self, checkpoint: Any):
+    `expected`: what the checkpoint that is continued says of its base. Raises ValueError when this is another one, at once
+    by the sizes or in `record()` by the hashes."""
+
+    def __init__(self, checkpoint: Any, expected: dict[str, Any] | None = None):
         self.error: BaseException | None = None
         self.value = base_record(checkpoint, hashes=False)
+        self.expected = expected or {}
+        self._compare("size")
         self.thread = threading.Thread(target=self._hash, args=(checkpoint,), daemon=True)
         if groups.rank() == 0:
             self.thread.start()
@@ -43,7 +48,16 @@ class BaseIdentity:
             self.thread.join()
             if self.error is not None:
                 raise self.error
+            self._compare("sha256")
         return self.value
+
+    def _compare(self, key: str) -> None:
+        then, now = self.expected.get(key, {}), self.value.get(key, {})
+        if then and now and sorted(then.values()) != sorted(now.values()):
+            raise ValueError(
+                f"--pretrained_path {self.value['path']} is not the base this run started from ({self.expected['path']}; the "
+                f"{key} of its files differs): give that one, or start anew in another --output_dir"
+            )
 
 
 def mp_slice(args: ModelArgs, name: str, parameter: nn.Parameter) -> Tensor:

@@ -184,7 +184,7 @@ def _open_pth(path: Path, kind: str, files: list[Path]) -> Checkpoint:
         shards.append(Renamed(shard, {n: n for n in shard.names() if not n.endswith(IGNORED_SUFFIXES)}))
     source = Merged(shards, params, files)
     tokenizer = _tokenizer(path, TOKENIZER_FILES) or _tokenizer(path.parent, TOKENIZER_FILES[:1])
-    return Checkpoint(path, kind, source, params, tokenizer, source.embedding_dim, _lora_inside(source), files)
+    return Checkpoint(path, kind, source, params, tokenizer, source.embedding_dim, _lora_inside(source, params), files)
 
 
 def _read_params(path: Path) -> dict[str, Any]:
@@ -196,8 +196,9 @@ def _read_params(path: Path) -> dict[str, Any]:
     return {}
 
 
-def _lora_inside(source: Source) -> dict[str, Any] | None:
-    """The terms of Accessory's LoRA, which has no scale (alpha = rank); None without LoRA tensors."""
+def _lora_inside(source: Source, params: dict[str, Any]) -> dict[str, Any] | None:
+    """The terms of a LoRA beside its base: ours has its alpha in params.json, Accessory's no scale (alpha = rank). None
+    without LoRA tensors."""
     lora = [n for n in source.names() if n.endswith(".lora_a.weight")]
     if not lora:
         return None
@@ -208,7 +209,8 @@ def _lora_inside(source: Source) -> dict[str, Any] | None:
         )
     targets = sorted({n.split(".")[-3] for n in lora})
     bias = any(n.endswith(".bias") for n in source.names())
-    terms = {"lora_rank": ranks[0], "lora_alpha": float(ranks[0]), "lora_dropout": 0.0, "lora_targets": targets}
+    alpha = float(params.get("lora_alpha", ranks[0]))
+    terms = {"lora_rank": ranks[0], "lora_alpha": alpha, "lora_dropout": 0.0, "lora_targets": targets}
     return terms | {"modules_to_save": [], "bias_tuning": bias, "norm_tuning": False}
 
 

@@ -124,7 +124,7 @@ def save(
             _publish(run, temporary, final, manifest)
             retire(run, keep_last, keep_step)
 
-    needed = sum(groups.all_gather_object(sum(v.to_local().nbytes for v in views.values())))
+    needed = sum(groups.all_gather_object(sum(v.to_local().nbytes for v in views.values()))) * 4 / 3  # and the weights
     together(lambda: _make_room(run, temporary, needed))
     written = together(lambda: list(write_weights(temporary)))
     together(lambda: dcp.save(views, storage_writer=dcp.FileSystemWriter(resume, single_file_per_rank=True, thread_count=1)))
@@ -137,7 +137,7 @@ def _make_room(run: Path, temporary: Path, needed: int) -> None:
     """Makes the directory, and raises OSError before anything is written when the disk cannot take `needed` bytes."""
     run.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run).free
-    if free < needed * 1.05:
+    if free < needed:
         raise OSError(f"{run}: {free / 1e9:.2f} GB free, this checkpoint needs about {needed / 1e9:.2f}")
     (temporary / "resume").mkdir(parents=True, exist_ok=True)
 

@@ -53,6 +53,14 @@ def gradients_travel(model: FSDPModule, data_parallel: str, last: bool) -> None:
         model.set_requires_gradient_sync(last)
 
 
+def reshard(model: nn.Module) -> None:
+    """Back to this rank's parts after a forward without a backward, which sdp and ddp would leave gathered: parameters
+    are then not those that the optimizer and a checkpoint know."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def local(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded parameter or gradient, a plain tensor (possibly with no rows)."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor

@@ -18,7 +18,7 @@ from accessory import log
 from accessory.config import flag
 from accessory.data.loader import eval_batches, train_windows, windows_per_epoch
 from accessory.parallel import groups
-from accessory.parallel.fsdp import gradients_travel
+from accessory.parallel.fsdp import gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
 from accessory.train import optim
 from accessory.train.state import Late, StopSignal, Stopwatch, TrainState, reseed
@@ -111,6 +111,7 @@ def fit(
             log.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in state.metrics.items()), groups.rank())
         if sample is not None:
             sample(state.step)
+        reshard(model)
         model.train()
 
     def report(late: Late, record: dict[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
     weights + gradients + moments   exact: counted from the model, cut over mp and dp
     gathered layers                 what FSDP puts together at one moment, in the compute dtype
-    activations                     8 D + 4 F values a token and layer with autograd's saved tensors; checkpointing keeps D
+    activations                     4 D + (4 D + 4 F) / mp values a token and layer, autograd's saved tensors; checkpointing keeps D
     the program itself              Python, torch, libraries: measured
 
 The largest micro batch counts: the `batch_size` longest examples. docs/parallelism.md has the estimate beside measured peaks.
@@ -19,7 +19,7 @@ from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.loss import CHUNK_BYTES
 
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
-SAVED_PER_TOKEN = (8, 4)  # values of D and of F that one layer keeps a token for backward
+SAVED_PER_TOKEN = (4, 4, 4)  # what a layer keeps a token: D replicated (inputs, norms), D and F of this rank's slice
 
 
 def plan(model: Transformer, checkpoint: Any, tuning: TuningArgs, parallel: ParallelArgs, loop_args: Any, optim_args: Any, train_set: Any, max_steps: int, max_seq_len: int) -> dict[str, Any]:
@@ -59,7 +59,8 @@ def plan(model: Transformer, checkpoint: Any, tuning: TuningArgs, parallel: Para
 def activations(model: Transformer, tokens: int, compute: int, checkpointing: bool) -> float:
     """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens."""
     args, mp, layers = model.args, groups.mp_size(), len(model.layers)
-    per_layer = tokens * compute * (SAVED_PER_TOKEN[0] * args.dim + SAVED_PER_TOKEN[1] * args.ffn_dim / mp)
+    whole, cut, ffn = SAVED_PER_TOKEN
+    per_layer = tokens * compute * (whole * args.dim + (cut * args.dim + ffn * args.ffn_dim) / mp)
     if checkpointing:
         return layers * tokens * compute * args.dim + per_layer
     return layers * per_layer

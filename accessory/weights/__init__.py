@@ -121,15 +121,17 @@ def base_weight(name: str) -> str:
 
 
 def expected_shapes(args: ModelArgs, tied: bool) -> dict[str, tuple[int, ...]]:
-    """Name -> whole shape of every parameter of the model, from its args alone; needs a true vocab_size."""
+    """Name -> whole shape of every parameter of the model, in its order, from its args alone; needs a true vocab_size."""
     assert args.vocab_size > 0, "vocab_size is still -1"
     names = ["tok_embeddings.weight"]
     for layer in range(args.n_layers):
-        for module in ("attention.wq", "attention.wk", "attention.wv", "attention.wo"):
-            names += [f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias")[: 1 + args.attention_bias]]
-        for module in ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3"):
-            names += [f"layers.{layer}.{module}.{kind}" for kind in ("weight", "bias")[: 1 + args.mlp_bias]]
-        names += [f"layers.{layer}.attention_norm.weight", f"layers.{layer}.ffn_norm.weight"]
+        for kind, linears, bias in (
+            ("attention", ("wq", "wk", "wv", "wo"), args.attention_bias),
+            ("feed_forward", ("w1", "w2", "w3"), args.mlp_bias),
+        ):
+            for linear in linears:
+                names += [f"layers.{layer}.{kind}.{linear}.{key}" for key in ("weight", "bias")[: 1 + bias]]
+        names += [f"layers.{layer}.{norm}.weight" for norm in ("attention_norm", "ffn_norm")]
     names += ["norm.weight"] if tied else ["norm.weight", "output.weight"]
     return {name: global_shape(args, name) for name in names}
 
