@@ -185,11 +185,13 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
     """Fills the empty model and shards it, layer by layer: weights -> checkpointing -> compile -> FSDP."""
     shard = sharder(parallel.data_parallel, parallel.precision, parallel.cpu_offload)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    if parallel.compile:  # graphs are shared by the layers, not by training, validation, packed and single sequences
+        torch._dynamo.config.recompile_limit = 64
 
     def after_block(layer: torch.nn.Module) -> None:
         layer.checkpointing = parallel.checkpointing
-        if parallel.compile:
-            layer.compile()
+        if parallel.compile:  # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
+            layer.compute = torch.compile(layer.compute)
         shard(layer)
 
     dtype_of = lambda name: torch.float32 if name in trains else None  # noqa: E731  masters fp32, the frozen as in the file

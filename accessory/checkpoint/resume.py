@@ -25,6 +25,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
@@ -42,7 +43,7 @@ def as_global(name: str, tensor: DTensor) -> DTensor:
     Copies of kv heads and padding rows count as rows of their own: what is saved is what each rank holds.
     `_StridedShard` is private torch API: mp cut dim 0 first and dp cut the result again, so a dp rank's rows are not
     contiguous in the whole."""
-    dim, mesh = shard_dim(name), groups.mesh()
+    dim, mesh = shard_dim(name), groups.mesh(tensor.to_local().device.type)  # the CPU's under --cpu_offload: another would copy
     mp, shape = groups.mp_size(), list(tensor.shape)
     if dim is not None:
         shape[dim] *= mp
@@ -287,9 +288,18 @@ class _PlainData(pickle.Unpickler):
     }  # fmt: skip
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _enum_member
         if (module, name) not in self.NAMES:
             raise ValueError(f"{module}.{name}")
         return super().find_class(module, name)
+
+
+def _enum_member(owner: Any, name: str) -> Any:
+    """What getattr may do here: Python before 3.11.4 pickles an enum's member as getattr(the enum, its name)."""
+    if owner is not _MEM_FORMAT_ENCODING or name not in owner.__members__:
+        raise ValueError(f"getattr of {name!r}")
+    return owner[name]
 
 
 def _check_pickle(file: Path) -> None:

@@ -3,24 +3,34 @@
     packed row:   [ a a a a | b b | c c c ]    cu_seqlens 0 4 6 9: each sequence sees itself only, nothing is padding
 
 On CUDA in half precision packed rows go through torch's varlen kernel; elsewhere sequence by sequence (measured on CPU, ten
-documents in 2048 tokens: 9 times faster than a block mask). Shapes: B batch, T tokens, S keys, H query heads, K kv heads, Dh head dim.
+documents in 2048 tokens: 9 times faster than a block mask). Proof: tests/unit/test_device_paths.py, tests/gpu.
+Shapes: B batch, T tokens, S keys, H query heads, K kv heads, Dh head dim.
 """
 
+import functools
+import inspect
 from functools import cached_property
+from typing import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
+
 
 class Segments:
-    """Bounds of the sequences packed in a row, in the forms that attention, rotary embedding and loss need. Made once a batch."""
+    """Bounds of the sequences packed in a row, in the forms that attention, rotary embedding and loss need. Made once a batch.
 
-    def __init__(self, cu_seqlens: Tensor):
-        self.cu_seqlens = cu_seqlens.int()  # (S+1,)
-        self.starts = cu_seqlens[:-1].long()
+    `device` is the tokens'. `cu_seqlens` had better be on the host: reading it from a GPU waits for the GPU."""
+
+    def __init__(self, cu_seqlens: Tensor, device: torch.device):
         self.bounds: list[int] = cu_seqlens.tolist()
         self.longest = max((b - a for a, b in zip(self.bounds, self.bounds[1:])), default=0)
+        self.alone = len(self.bounds) == 2
+        self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)  # (S+1,)
+        self.starts = self.cu_seqlens[:-1].long()
+        self.kernel = _varlen_kernel(device)
 
     @cached_property
     def positions(self) -> Tensor:  # (1, T)
@@ -29,13 +39,11 @@ class Segments:
         return (index - self.starts.repeat_interleave(lengths, output_size=self.bounds[-1])).unsqueeze(0)
 
 
-def segments(tokens: Tensor, cu_seqlens: Tensor | None) -> Segments | None:
+def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments | None:
     """Checks the bounds against the tokens (B, T). Raises ValueError when they do not cover one row exactly."""
     if cu_seqlens is None:
         return None
-    if isinstance(cu_seqlens, Segments):
-        return cu_seqlens
-    packed = Segments(cu_seqlens)
+    packed = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments(cu_seqlens, tokens.device)
     rising = all(a < b for a, b in zip(packed.bounds, packed.bounds[1:]))
     if tokens.shape[0] != 1 or packed.bounds[0] != 0 or packed.bounds[-1] != tokens.shape[1] or not rising:
         raise ValueError(f"cu_seqlens {packed.bounds[:3]}..{packed.bounds[-1]} do not cut one row of tokens {tuple(tokens.shape)}")
@@ -44,13 +52,10 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | None) -> Segments | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, causal. q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). `mask` as SDPA takes it."""
-    if packed is None or len(packed.bounds) == 2:
+    if packed is None or packed.alone:
         return _sdpa(q, k, v, mask)
-    varlen = _varlen_kernel() if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) else None
-    if varlen is not None:
-        k, v = (t.repeat_interleave(q.shape[2] // t.shape[2], dim=2) for t in (k, v))
-        cu, longest = packed.cu_seqlens, packed.longest
-        return varlen(q[0], k[0], v[0], cu, cu, longest, longest).unsqueeze(0)
+    if packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+        return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
     return _one_by_one(q, k, v, packed.bounds)
 
 
@@ -64,21 +69,35 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H|K, T|S, Dh)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and not q.is_cuda:  # the CPU kernel has no grouping: it would fall back to a slow one
+    if grouped and not (q.is_cuda and q.dtype in HALF and mask is None):  # only flash knows groups: others would take the slow path
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
     return y.transpose(1, 2)
 
 
-def _varlen_kernel():
-    """torch.nn.attention.varlen (from torch 2.10) as f(q, k, v, cu_q, cu_k, longest_q, longest_k), causal; None without it."""
+@functools.cache
+def _varlen_kernel(device: torch.device) -> Callable | None:
+    """torch.nn.attention.varlen as f(q, k, v, cu_seqlens, longest), causal, q (T, H, Dh), k and v (T, K, Dh); None where it
+    cannot run: on CPU, on a GPU before Ampere, in a torch without it."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
-    import inspect
+    return causal_varlen(varlen_attn)
 
-    if "window_size" in inspect.signature(varlen_attn).parameters:  # later signature: causal is a window that looks back only
-        return lambda *a: varlen_attn(*a, window_size=(-1, 0))
-    return lambda *a: varlen_attn(*a, is_causal=True)
+
+def causal_varlen(varlen_attn: Callable) -> Callable:
+    """Evens out its signatures: torch 2.10 has is_causal; 2.11 a window, in which causal is (-1, 0); 2.12 grouped heads too."""
+    known = inspect.signature(varlen_attn).parameters
+    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
+    if "enable_gqa" in known:
+        return lambda q, k, v, cu, longest: varlen_attn(q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1], **options)
+
+    def repeated(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
+        k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+
+    return repeated

@@ -120,9 +120,11 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(args)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None = None, cache: Cache | None = None) -> Tensor:
+        if cache is not None:  # never compiled: the cache would make one more graph of every layer
+            return Block.compute(self, x, cos, sin, packed, cache)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, packed, cache, use_reentrant=False)
-        return self.compute(x, cos, sin, packed, cache)
+            return checkpoint(self.compute, x, cos, sin, packed, None, use_reentrant=False)
+        return self.compute(x, cos, sin, packed, None)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
         x = x + self.attention(self.attention_norm(x), cos, sin, packed, cache, self.index)
@@ -160,7 +162,7 @@ class Transformer(nn.Module):
         tokens: Tensor,  # (B, T) int64
         labels: Tensor | None = None,  # (B, T): aligned with tokens, -100 = no loss; shifted by one inside
         positions: Tensor | None = None,  # (B, T): for the rotary embedding; default 0, 1, ... in each sequence
-        cu_seqlens: Tensor | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
+        cu_seqlens: Tensor | Segments | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
         cache: Cache | None = None,
     ) -> Any:
         packed = segments(tokens, cu_seqlens)
@@ -168,6 +170,7 @@ class Transformer(nn.Module):
             positions = packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
         if self.args.sliding_window:
             self._check_window(packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1)
+        self.freqs = self.freqs.to(tokens.device)  # once: a copy from the host would wait for the GPU in every step
         cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
         x = self.tok_embeddings(tokens)  # (B, T, D)
         for layer in self.layers:
@@ -189,7 +192,7 @@ class Transformer(nn.Module):
         rows = (targets != -100).nonzero().squeeze(1)
         x = copy_to_mp(x[:, :-1].flatten(0, 1)[rows])  # (N, D): only rows with a label go through the head
         loss, correct = linear_cross_entropy(x, self.head, targets[rows], self.args.vocab_size)
-        return loss, torch.tensor(len(rows), device=loss.device), {"correct": correct}
+        return loss, torch.full((), len(rows), device=loss.device), {"correct": correct}
 
     def _check_window(self, length: int) -> None:
         window = self.args.sliding_window

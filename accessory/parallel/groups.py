@@ -38,12 +38,15 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
 
     Raises ValueError when the size does not divide the number of processes (fairscale alone would clamp it in silence)."""
     where = torch.device(on) if on is not None else default_device()
+    if where.type == "cuda":
+        where = default_device() if where.index is None else where
+        torch.cuda.set_device(where)
     if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
         else:
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     world = dist.get_world_size()
     if model_parallel_size < 1 or world % model_parallel_size:
         allowed = [n for n in range(1, world + 1) if world % n == 0]
@@ -54,9 +57,9 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
     if fairscale_groups.model_parallel_is_initialized():
         if mp_size() != model_parallel_size:
             raise ValueError(f"model_parallel_size {model_parallel_size}: this process already runs at {mp_size()}")
+        if on is not None:
+            _cache["device"] = where
         return
-    if where.type == "cuda":
-        torch.cuda.set_device(where)
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _cache["device"] = where
@@ -131,17 +134,19 @@ def kv_group(n_kv_heads: int) -> dist.ProcessGroup | None:
     return _cache[key]
 
 
-def mesh() -> DeviceMesh:
-    """The whole world as ("dp", "mp"), over fairscale's own groups. For checkpoints. Collective at the first call."""
-    if "mesh" not in _cache:
+def mesh(kind: str) -> DeviceMesh:
+    """The whole world as ("dp", "mp"), over fairscale's own groups, for tensors on this kind of device ("cpu", "cuda").
+
+    For checkpoints. Collective at the first call."""
+    if ("mesh", kind) not in _cache:
         ranks = torch.arange(world_size()).view(-1, mp_size())
-        _cache["mesh"] = DeviceMesh.from_group([dp_group(), mp_group()], device().type, mesh=ranks, mesh_dim_names=("dp", "mp"))
-    return _cache["mesh"]
+        _cache["mesh", kind] = DeviceMesh.from_group([dp_group(), mp_group()], kind, mesh=ranks, mesh_dim_names=("dp", "mp"))
+    return _cache["mesh", kind]
 
 
 def dp_mesh(data_parallel: str) -> DeviceMesh:
     """The mesh FSDP shards over: 1-D over dp for fsdp and sdp; (replicate = dp, shard = 1) for ddp. Collective at first."""
-    key = ("dp_mesh", data_parallel == "ddp")
+    key = ("dp_mesh", data_parallel == "ddp", device().type)
     if key not in _cache:
         if data_parallel == "ddp":
             shape, names = (dp_size(), 1, mp_size()), ("replicate", "shard", "mp")

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from accessory import log
 from accessory.config import flag
-from accessory.data.loader import eval_batches, train_windows, windows_per_epoch
+from accessory.data.loader import Batch, eval_batches, train_windows, windows_per_epoch
+from accessory.model.attention import Segments
 from accessory.parallel import groups
 from accessory.parallel.fsdp import gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
@@ -60,11 +61,12 @@ def every(steps: float, max_steps: int, windows: int) -> int:
     return windows if steps == 0 else math.ceil(round(steps * max_steps, 6)) if steps < 1 else int(steps)
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on the device; the bounds of its sequences stay on the host, where they are read."""
     if device.type == "cpu":
         return batch
-    return type(batch)(*(t.pin_memory().to(device, non_blocking=True) for t in batch))
+    rows = {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch._asdict().items() if name != "cu_seqlens"}
+    return batch._replace(**rows, cu_seqlens=Segments(batch.cu_seqlens, device))  # FSDP would send a tensor to the device
 
 
 def fit(

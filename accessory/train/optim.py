@@ -86,7 +86,8 @@ def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) -> None
     """One update, or none where `found_inf` (a scalar on the device, equal on all ranks) is 1: decided without a sync."""
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf  # the fused kernel's own protocol, as GradScaler uses it
+    where = optimizer.param_groups[0]["params"][0].device  # the CPU under --cpu_offload
+    optimizer.grad_scale, optimizer.found_inf = None, found_inf.to(where)  # the fused kernel's own protocol, as GradScaler uses it
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
     optimizer.zero_grad(set_to_none=True)
