@@ -46,13 +46,21 @@ def run(main: Callable, *sections: type, doc: str = "", argv: list[str] | None =
 def parse(argv: list[str], *sections: type, doc: str = "") -> list[Any]:
     """argv -> dataclass instances. Raises ValueError naming the flag; prints the help and exits 0 on --help."""
     fields = {f.name: f for section in sections for f in dataclasses.fields(section) if f.init}
-    assert len(fields) == sum(len([f for f in dataclasses.fields(s) if f.init]) for s in sections), "one flag in two sections"
+    assert len(fields) == sum(len([f for f in dataclasses.fields(s) if f.init]) for s in sections), (
+        "one flag in two sections"
+    )
     if any(a in ("--help", "-h") for a in argv):
         print(help_text(sections, doc))
         raise SystemExit(0)
     types_ = {name: hint for section in sections for name, hint in typing.get_type_hints(section).items()}
-    given = {name: convert(name, raw, types_[name], fields[name].metadata.get("choices")) for name, raw in split(argv, list(fields), switches(types_)).items()}
-    instances = [section(**{f.name: given[f.name] for f in dataclasses.fields(section) if f.name in given}) for section in sections]
+    given = {
+        name: convert(name, raw, types_[name], fields[name].metadata.get("choices"))
+        for name, raw in split(argv, list(fields), switches(types_)).items()
+    }
+    instances = [
+        section(**{f.name: given[f.name] for f in dataclasses.fields(section) if f.name in given})
+        for section in sections
+    ]
     for instance in instances:
         instance.given = frozenset(given)  # which flags were written out: they win over configuration files
     return instances
@@ -75,7 +83,9 @@ def split(argv: list[str], known: list[str], alone: set[str]) -> dict[str, str]:
     @fire.decorators.SetParseFn(str)
     def collect(*words: str, **flags: str) -> None:
         if words:
-            raise ValueError(f"{words[0]!r} is not a flag: write --name value, or --name=value where the value starts with a dash")
+            raise ValueError(
+                f"{words[0]!r} is not a flag: write --name value, or --name=value where the value starts with a dash"
+            )
         given.update(flags)
 
     if argv:
@@ -94,14 +104,22 @@ def with_value(word: str, following: str, known: list[str], alone: set[str]) -> 
         return word
     name = word.lstrip("-").replace("-", "_")
     if name in known and name not in alone:
-        raise ValueError(f"--{name} has no value: write --{name} value, or --{name}=value where the value starts with a dash")
+        raise ValueError(
+            f"--{name} has no value: write --{name} value, or --{name}=value where the value starts with a dash"
+        )
     return f"{word}=true"
 
 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     """'unknown KIND NAME', with the nearest known one or, without a near one, where to look."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {kind} {name}: " + (f"did you mean {near[0]}?" if near else "--help lists them all" if kind == "flag" else f"known: {', '.join(known)}")
+    return f"unknown {kind} {name}: " + (
+        f"did you mean {near[0]}?"
+        if near
+        else "--help lists them all"
+        if kind == "flag"
+        else f"known: {', '.join(known)}"
+    )
 
 
 def convert(name: str, raw: str, hint: Any, choices: Sequence[str] | None = None) -> Any:
@@ -112,7 +130,11 @@ def convert(name: str, raw: str, hint: Any, choices: Sequence[str] | None = None
         hint = next(h for h in typing.get_args(hint) if h is not type(None))
     try:
         if typing.get_origin(hint) is list:
-            return [convert(name, part.strip(), typing.get_args(hint)[0], choices) for part in raw.split(",") if part.strip()]
+            return [
+                convert(name, part.strip(), typing.get_args(hint)[0], choices)
+                for part in raw.split(",")
+                if part.strip()
+            ]
         if hint is bool:
             if raw.lower() not in TRUE | FALSE:
                 raise ValueError
@@ -152,16 +174,25 @@ def help_text(sections: Sequence[type], doc: str) -> str:
 def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
     """A tool's command line from a function's keyword parameters (str, int, float, bool, X | None); its docstring is --help."""
     hints = typing.get_type_hints(function)
-    code, names = function.__code__, function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount]
-    defaults = dict(zip(names[code.co_argcount - len(function.__defaults__ or ()) : code.co_argcount], function.__defaults__ or ()))
+    code, names = (
+        function.__code__,
+        function.__code__.co_varnames[: function.__code__.co_argcount + function.__code__.co_kwonlyargcount],
+    )
+    defaults = dict(
+        zip(names[code.co_argcount - len(function.__defaults__ or ()) : code.co_argcount], function.__defaults__ or ())
+    )
     defaults |= function.__kwdefaults__ or {}
     argv = sys.argv[1:] if argv is None else argv
     if any(a in ("--help", "-h") for a in argv):
-        shown = " ".join(f"--{n} {hints[n].__name__.upper()}" if n not in defaults else f"[--{n} {defaults[n]}]" for n in names)
+        shown = " ".join(
+            f"--{n} {hints[n].__name__.upper()}" if n not in defaults else f"[--{n} {defaults[n]}]" for n in names
+        )
         print(f"{Path(sys.argv[0]).name} {shown}\n\n{function.__doc__ or ''}")
         raise SystemExit(0)
     try:
-        given = {name: convert(name, raw, hints[name]) for name, raw in split(argv, list(names), switches(hints)).items()}
+        given = {
+            name: convert(name, raw, hints[name]) for name, raw in split(argv, list(names), switches(hints)).items()
+        }
         missing = [n for n in names if n not in defaults and n not in given]
         if missing:
             raise ValueError(f"--{missing[0]} is missing: --help shows what this tool takes")

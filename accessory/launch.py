@@ -31,7 +31,9 @@ def main(argv: list[str]) -> int:
     if args.nproc_per_node.isdigit() and "OMP_NUM_THREADS" not in os.environ:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(args.nproc_per_node)))
-    for name in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")]:  # each has a level of its own
+    for name in [
+        n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")
+    ]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     received: list[int] = []
     if hasattr(args, "signals_to_handle"):  # torch 2.10 and later; without it the agent's own 30 s hold
@@ -47,7 +49,11 @@ def main(argv: list[str]) -> int:
     except SignalException as error:
         received.append(error.sigval)
     if received:
-        print(f"stopped by {signal.Signals(received[0]).name}: the same command continues the run", file=sys.stderr, flush=True)
+        print(
+            f"stopped by {signal.Signals(received[0]).name}: the same command continues the run",
+            file=sys.stderr,
+            flush=True,
+        )
         return 128 + received[0]
     return 0
 

@@ -41,7 +41,9 @@ class RunLog:
         if self.active:
             from tqdm import tqdm
 
-            self.bar = tqdm(total=self.max_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5)
+            self.bar = tqdm(
+                total=self.max_steps, initial=step, desc="training", unit="step", dynamic_ncols=True, mininterval=0.5
+            )
 
     def step(self, step: int, shown: dict[str, str]) -> None:
         """Moves the bar to `step` with these figures beside it."""
@@ -89,7 +91,9 @@ def _summary_writer(directory: Path, resumed_step: int | None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError("--report_to tensorboard: the tensorboard package is missing; pip install tensorboard, or --report_to none") from None
+        raise ValueError(
+            "--report_to tensorboard: the tensorboard package is missing; pip install tensorboard, or --report_to none"
+        ) from None
     return SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
 
 

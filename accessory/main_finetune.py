@@ -43,17 +43,29 @@ class RunArgs:
     """The run: what it starts from and what it leaves"""
 
     pretrained_path: str = flag("", "directory (or .gguf) of the checkpoint to start from, in any format that is read")
-    pretrained_type: str | None = flag(None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf"))
+    pretrained_type: str | None = flag(
+        None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")
+    )
     llama_config: list[str] = flag([], "params.json-style files, later keys win; none: the checkpoint's own")
     tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
     output_dir: str = flag("", "run directory: metrics.jsonl, samples, step_* checkpoints")
-    overwrite_output_dir: bool = flag(False, "start anew in an output_dir that holds a run (its old checkpoints are deleted)")
-    resume: str | None = flag(None, "auto: continue output_dir's newest whole checkpoint, or start; or a step_* directory")
+    overwrite_output_dir: bool = flag(
+        False, "start anew in an output_dir that holds a run (its old checkpoints are deleted)"
+    )
+    resume: str | None = flag(
+        None, "auto: continue output_dir's newest whole checkpoint, or start; or a step_* directory"
+    )
     save_total_limit: int | None = flag(None, "keep so many newest checkpoints; none: all")
     keep_best: bool = flag(True, "also save and keep the checkpoint that is best by --metric")
-    only_save_trainable: bool | None = flag(None, "save an adapter, or all weights (false); none: an adapter if anything is frozen")
-    embedding_dim: int = flag(0, "how saved shards split tok_embeddings: 0 vocabulary (Llama 3), 1 features (Llama 1 and 2)")
-    sample_prompts: str | None = flag(None, "an instruction, or a text file with one on each line, answered at every validation")
+    only_save_trainable: bool | None = flag(
+        None, "save an adapter, or all weights (false); none: an adapter if anything is frozen"
+    )
+    embedding_dim: int = flag(
+        0, "how saved shards split tok_embeddings: 0 vocabulary (Llama 3), 1 features (Llama 1 and 2)"
+    )
+    sample_prompts: str | None = flag(
+        None, "an instruction, or a text file with one on each line, answered at every validation"
+    )
     report_to: str = flag("tensorboard", "beside metrics.jsonl", choices=("none", "tensorboard"))
     dry_run: bool = flag(False, "print the plan (parameters, memory, steps, tokens) and stop")
 
@@ -64,10 +76,19 @@ class RunArgs:
         if self.embedding_dim not in (0, 1):
             raise ValueError(f"--embedding_dim {self.embedding_dim}: 0 or 1")
         if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(f"--save_total_limit {self.save_total_limit}: at least 1, the only whole checkpoint is never deleted")
+            raise ValueError(
+                f"--save_total_limit {self.save_total_limit}: at least 1, the only whole checkpoint is never deleted"
+            )
 
 
-def main(run: RunArgs, parallel: ParallelArgs, tuning: TuningArgs, data: DataArgs, optimizer_args: optim.OptimArgs, loop_args: loop.LoopArgs) -> None:
+def main(
+    run: RunArgs,
+    parallel: ParallelArgs,
+    tuning: TuningArgs,
+    data: DataArgs,
+    optimizer_args: optim.OptimArgs,
+    loop_args: loop.LoopArgs,
+) -> None:
     groups.init(parallel.model_parallel_size)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
     directory = Path(run.output_dir)
@@ -82,7 +103,9 @@ def main(run: RunArgs, parallel: ParallelArgs, tuning: TuningArgs, data: DataArg
     trained = mark_trainable(model, tuning)
     windows = windows_per_epoch(len(train_set), loop_args.batch_size, loop_args.accum_iter, groups.dp_size())
     max_steps = loop_args.total_steps(windows)
-    figures = plan.plan(model, checkpoint, tuning, parallel, loop_args, optimizer_args, train_set, max_steps, data.max_seq_len)
+    figures = plan.plan(
+        model, checkpoint, tuning, parallel, loop_args, optimizer_args, train_set, max_steps, data.max_seq_len
+    )
     for line in plan.lines(figures):
         log.say(line, groups.rank())
     if run.dry_run:
@@ -93,50 +116,89 @@ def main(run: RunArgs, parallel: ParallelArgs, tuning: TuningArgs, data: DataArg
     log.say(f"weights loaded in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
     state = TrainState()
-    position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size()}
+    position = {
+        "fingerprint": train_set.fingerprint,
+        "seed": loop_args.seed,
+        "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size(),
+    }
     if resumed is not None:
         state = continue_from(resumed, model, optimizer, position)
     state.data = position
     if state.step >= max_steps:
-        log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; a larger --max_steps or --epochs goes on", groups.rank())
+        log.say(
+            f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; a larger --max_steps or --epochs goes on",
+            groups.rank(),
+        )
         return
 
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     identity = export.BaseIdentity(checkpoint, expected)
     only_trainable = tuning.partly if run.only_save_trainable is None else run.only_save_trainable
     dtypes = {n: checkpoint.source.dtype(n) for n in checkpoint.source.names()}
-    terms = {k: getattr(tuning, k) for k in ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")}
+    terms = {
+        k: getattr(tuning, k)
+        for k in ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
+    }
     terms["lora_alpha"] = tuning.scale * tuning.lora_rank
 
     def write_weights(into: Path) -> list[Path]:
         if only_trainable:
-            files = export.write_trained(into, model, trained, terms | {"base": identity.record()}, args.to_dict(), state.step)
+            files = export.write_trained(
+                into, model, trained, terms | {"base": identity.record()}, args.to_dict(), state.step
+            )
         else:
-            files = export.write_model(into, model, args.to_dict() | (terms if tuning.lora_rank else {}), dtypes, run.embedding_dim)
+            files = export.write_model(
+                into, model, args.to_dict() | (terms if tuning.lora_rank else {}), dtypes, run.embedding_dim
+            )
         return files + (save_tokenizer(tokenizer, into) if groups.rank() == 0 else [])
 
     def save(state: TrainState) -> None:
-        about = {"base": identity.record(), "tokenizer": tokenizer.fingerprint, "metrics": state.metrics, "trained": len(trained)}
+        about = {
+            "base": identity.record(),
+            "tokenizer": tokenizer.fingerprint,
+            "metrics": state.metrics,
+            "trained": len(trained),
+        }
         keep = state.best_step if run.keep_best else None
-        path = resume.save(directory, state.step, model, optimizer, state.to_json(), write_weights, about, run.save_total_limit, keep)
+        path = resume.save(
+            directory, state.step, model, optimizer, state.to_json(), write_weights, about, run.save_total_limit, keep
+        )
         log.say(f"step {state.step}: saved {path}", groups.rank())
 
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()
     prompts = read_prompts(run.sample_prompts)
-    run_log = log.RunLog(directory, groups.rank(), run.report_to == "tensorboard", state.step if resumed else None, max_steps)
+    run_log = log.RunLog(
+        directory, groups.rank(), run.report_to == "tensorboard", state.step if resumed else None, max_steps
+    )
     if groups.rank() == 0:
         write_config(directory, run, parallel, tuning, data, optimizer_args, loop_args, args)
-    evaluate = (lambda: loop.evaluate(model, objectives.next_token, val_set, loop_args.eval_batch_size or loop_args.batch_size, groups.rank() == 0)) if val_set else None
-    rules = GradientRules(model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp")
-    state = loop.fit(
-        model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
-        precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=data.num_workers, run_log=run_log,
-        evaluate=evaluate, sample=(lambda step: sample(model, tokenizer, prompts, step, run_log)) if prompts else None,
-        save_best=run.keep_best and val_set is not None, save=save,
-    )  # fmt: skip
-    run_log.close()
+    evaluate = (
+        (
+            lambda: loop.evaluate(
+                model,
+                objectives.next_token,
+                val_set,
+                loop_args.eval_batch_size or loop_args.batch_size,
+                groups.rank() == 0,
+            )
+        )
+        if val_set
+        else None
+    )
+    rules = GradientRules(
+        model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
+    )
+    try:
+        state = loop.fit(
+            model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
+            precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=data.num_workers, run_log=run_log,
+            evaluate=evaluate, sample=(lambda step: sample(model, tokenizer, prompts, step, run_log)) if prompts else None,
+            save_best=run.keep_best and val_set is not None, save=save,
+        )  # fmt: skip
+    finally:
+        run_log.close()  # also ends the bar's line, so that an error stands on its own
     say_end(state, max_steps, directory, only_trainable)
 
 
@@ -149,7 +211,9 @@ def find_start(run: RunArgs, directory: Path) -> Path | None:
         return found
     if resume.steps(directory) or (directory / "metrics.jsonl").exists():
         if not run.overwrite_output_dir:
-            raise ValueError(f"--output_dir {directory} already holds a run: continue it with --resume auto, choose another, or start anew with --overwrite_output_dir true")
+            raise ValueError(
+                f"--output_dir {directory} already holds a run: continue it with --resume auto, choose another, or start anew with --overwrite_output_dir true"
+            )
     return None
 
 
@@ -167,10 +231,14 @@ def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
     """The tokenizer, checked against the embedding."""
     path = run.tokenizer_path or checkpoint.tokenizer
     if path is None:
-        raise ValueError(f"{run.pretrained_path} has no tokenizer.model or tokenizer.json beside it: name one with --tokenizer_path")
+        raise ValueError(
+            f"{run.pretrained_path} has no tokenizer.model or tokenizer.json beside it: name one with --tokenizer_path"
+        )
     tokenizer = Tokenizer.open(path)
     if not 0 <= args.vocab_size - tokenizer.vocab_size <= MAX_SPARE_ROWS:
-        raise ValueError(f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together")
+        raise ValueError(
+            f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together"
+        )
     return tokenizer
 
 
@@ -178,7 +246,10 @@ def say_data(train_set: SFTDataset, val_set: SFTDataset | None) -> None:
     for name, data in (("training", train_set), ("validation", val_set)):
         if data is not None:
             r = data.report
-            log.say(f"{name} data: {r.examples} examples, {r.tokens} tokens, {r.supervised_tokens} with loss ({r.truncated} cut, {r.dropped} dropped as too long)", groups.rank())
+            log.say(
+                f"{name} data: {r.examples} examples, {r.tokens} tokens, {r.supervised_tokens} with loss ({r.truncated} cut, {r.dropped} dropped as too long)",
+                groups.rank(),
+            )
 
 
 def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, seed: int) -> None:
@@ -190,7 +261,9 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
 
     def after_block(layer: torch.nn.Module) -> None:
         layer.checkpointing = parallel.checkpointing
-        if parallel.compile:  # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
+        if (
+            parallel.compile
+        ):  # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
             layer.compute = torch.compile(layer.compute)
         shard(layer)
 
@@ -199,13 +272,21 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
     shard(model)
 
 
-def continue_from(path: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: dict[str, Any]) -> TrainState:
+def continue_from(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: dict[str, Any]
+) -> TrainState:
     """Weights, moments and position of a checkpoint. Raises ValueError when the order of samples would differ."""
     saved = resume.load(path, model, optimizer)
     state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
-    for key, name in (("fingerprint", "the training data, tokenizer or data flags"), ("seed", "--seed"), ("sequences_per_step", "--batch_size x --accum_iter x data-parallel ranks")):
+    for key, name in (
+        ("fingerprint", "the training data, tokenizer or data flags"),
+        ("seed", "--seed"),
+        ("sequences_per_step", "--batch_size x --accum_iter x data-parallel ranks"),
+    ):
         if state.data.get(key) != position[key]:
-            raise ValueError(f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir")
+            raise ValueError(
+                f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir"
+            )
     log.say(f"continuing from {path}, step {state.step}", groups.rank())
     return state
 
@@ -245,7 +326,11 @@ def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool) -
         log.say(f"stopped at step {state.step} of {max_steps}, saved; the same command continues", groups.rank())
         return
     best = f", best {state.best_step} ({abs(state.best):.4f})" if state.best is not None else ""
-    then = f"python tools/merge_lora.py --adapter {directory}/latest --dst DIR" if adapter else f"python tools/meta_to_hf.py --src {directory}/latest --dst DIR"
+    then = (
+        f"python tools/merge_lora.py --adapter {directory}/latest --dst DIR"
+        if adapter
+        else f"python tools/meta_to_hf.py --src {directory}/latest --dst DIR"
+    )
     log.say(f"done: {state.step} steps, {state.tokens} tokens{best}; next: {then}", groups.rank())
 
 

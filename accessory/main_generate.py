@@ -25,7 +25,9 @@ class GenerateArgs:
     """Generation"""
 
     pretrained_path: str = flag("", "checkpoint directory (or .gguf), or an adapter saved by a run")
-    pretrained_type: str | None = flag(None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf"))
+    pretrained_type: str | None = flag(
+        None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")
+    )
     llama_config: list[str] = flag([], "params.json-style files; none: the checkpoint's own")
     tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
     prompt: str | None = flag(None, "one instruction")
@@ -45,7 +47,9 @@ class GenerateArgs:
         if (self.prompt is None) == (self.prompts_file is None):
             raise ValueError("give one of --prompt and --prompts_file")
         if self.max_new_tokens < 1 or self.batch_size < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
-            raise ValueError("--max_new_tokens and --batch_size are 1 or more, --temperature 0 or more, --top_p above 0 and at most 1")
+            raise ValueError(
+                "--max_new_tokens and --batch_size are 1 or more, --temperature 0 or more, --top_p above 0 and at most 1"
+            )
 
 
 def main(args: GenerateArgs) -> None:
@@ -55,7 +59,11 @@ def main(args: GenerateArgs) -> None:
     if path is None:
         raise ValueError(f"{args.pretrained_path} has no tokenizer beside it: name one with --tokenizer_path")
     tokenizer = Tokenizer.open(path)
-    prompts = [args.prompt] if args.prompt is not None else [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    prompts = (
+        [args.prompt]
+        if args.prompt is not None
+        else [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
+    )
     model = build(checkpoint, model_args, carried_tuning(checkpoint))
     dtype = DTYPES[args.precision] if args.precision else checkpoint.source.dtype("tok_embeddings.weight")
     fill(model, checkpoint, lambda name: dtype, groups.device(), show_progress=groups.rank() == 0)
@@ -63,11 +71,18 @@ def main(args: GenerateArgs) -> None:
     for start in range(0, len(prompts), args.batch_size):
         some = prompts[start : start + args.batch_size]
         ids = [encode_prompt(tokenizer, text if args.raw else prompt(text)) for text in some]
-        answers = generate(model, ids, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start)
+        answers = generate(
+            model, ids, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start
+        )
         for text, head, new in zip(some, ids, answers):
             if groups.rank() == 0:
                 answer = tokenizer.decode(new, after=head).strip()
-                print(answer if args.prompt is not None else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False), flush=True)
+                print(
+                    answer
+                    if args.prompt is not None
+                    else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False),
+                    flush=True,
+                )
 
 
 def entry(args: GenerateArgs) -> None:

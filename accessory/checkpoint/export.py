@@ -44,11 +44,17 @@ class BaseIdentity:
             self.error = error
 
     def record(self) -> dict[str, Any]:
+        """The base's path, sizes and, on rank 0, hashes. Every rank calls it; all raise when rank 0 found another base."""
+        error: BaseException | None = None
         if groups.rank() == 0:
             self.thread.join()
-            if self.error is not None:
-                raise self.error
-            self._compare("sha256")
+            try:
+                if self.error is not None:
+                    raise self.error
+                self._compare("sha256")
+            except (OSError, ValueError) as failed:
+                error = failed
+        groups.together(error)
         return self.value
 
     def _compare(self, key: str) -> None:
@@ -82,7 +88,9 @@ def whole(args: ModelArgs, name: str, parameter: nn.Parameter) -> Tensor:
     return value[: args.vocab_size] if name in ("tok_embeddings.weight", "output.weight") else value
 
 
-def write_model(directory: Path, model: nn.Module, params: dict[str, Any], dtypes: dict[str, torch.dtype], embedding_dim: int) -> list[Path]:
+def write_model(
+    directory: Path, model: nn.Module, params: dict[str, Any], dtypes: dict[str, torch.dtype], embedding_dim: int
+) -> list[Path]:
     """Every parameter, in the dtype of the checkpoint it came from, as this mp rank's consolidated file. Every rank calls it.
 
     `embedding_dim` 1 splits tok_embeddings over its features, as Llama 1 and 2 files do. Returns the files this rank wrote."""
@@ -98,11 +106,15 @@ def write_model(directory: Path, model: nn.Module, params: dict[str, Any], dtype
     if groups.dp_rank() != 0:
         return []
     first = groups.mp_rank() == 0
-    files = [write_consolidated(directory, tensors.items(), params if first else None, groups.mp_rank(), groups.mp_size())]
+    files = [
+        write_consolidated(directory, tensors.items(), params if first else None, groups.mp_rank(), groups.mp_size())
+    ]
     return files + ([directory / "params.json"] if first else [])
 
 
-def write_trained(directory: Path, model: nn.Module, names: list[str], terms: dict[str, Any], params: dict[str, Any], step: int) -> list[Path]:
+def write_trained(
+    directory: Path, model: nn.Module, names: list[str], terms: dict[str, Any], params: dict[str, Any], step: int
+) -> list[Path]:
     """The trained parameters, whole, as an adapter directory; rank 0 writes and reads back. Every rank calls it."""
     parameters, tensors = dict(model.named_parameters()), {}
     for name in names:

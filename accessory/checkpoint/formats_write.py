@@ -93,7 +93,7 @@ def save_torch(payload: Any, file: Path) -> None:
         torch.save(payload, file)
     except RuntimeError as error:
         if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            raise _not_written(file) from error
+            raise _not_written(file, error) from error
         raise
 
 
@@ -106,16 +106,18 @@ def save_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
         save_file(tensors, file, {"format": "pt"})
     except SafetensorError as error:
         if "I/O error" in str(error) or "Io" in str(error):
-            raise _not_written(file) from error
+            raise _not_written(file, error) from error
         raise
     umask = os.umask(0)
     os.umask(umask)
     file.chmod(0o666 & ~umask)  # the library leaves 0600
 
 
-def _not_written(file: Path) -> ValueError:
-    free = shutil.disk_usage(file.parent).free / 2**20
-    return ValueError(f"{file}: could not be written, {free:.0f} MiB are free: make room or choose another disk")
+def _not_written(file: Path, error: Exception) -> ValueError:
+    free, why = shutil.disk_usage(file.parent).free / 2**20, str(error).splitlines()[0]
+    return ValueError(
+        f"{file}: could not be written, {free:.0f} MiB are free ({why}): make room or choose another disk"
+    )
 
 
 def _owned(tensor: Tensor) -> Tensor:

@@ -43,7 +43,10 @@ def as_global(name: str, tensor: DTensor) -> DTensor:
     Copies of kv heads and padding rows count as rows of their own: what is saved is what each rank holds.
     `_StridedShard` is private torch API: mp cut dim 0 first and dp cut the result again, so a dp rank's rows are not
     contiguous in the whole."""
-    dim, mesh = shard_dim(name), groups.mesh(tensor.to_local().device.type)  # the CPU's under --cpu_offload: another would copy
+    dim, mesh = (
+        shard_dim(name),
+        groups.mesh(tensor.to_local().device.type),
+    )  # the CPU's under --cpu_offload: another would copy
     mp, shape = groups.mp_size(), list(tensor.shape)
     if dim is not None:
         shape[dim] *= mp
@@ -56,7 +59,9 @@ def as_global(name: str, tensor: DTensor) -> DTensor:
     else:
         placements = [Shard(0), Shard(dim)]
     stride = torch.empty(shape, device="meta").stride()
-    return DTensor.from_local(tensor.to_local(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride)
+    return DTensor.from_local(
+        tensor.to_local(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )
 
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, DTensor], float]:
@@ -101,7 +106,12 @@ def save(
         error, result = None, None
         try:
             result = part()
-        except (OSError, RuntimeError, ValueError, CheckpointException) as failed:  # the last derives from BaseException
+        except (
+            OSError,
+            RuntimeError,
+            ValueError,
+            CheckpointException,
+        ) as failed:  # the last derives from BaseException
             error = _readable(failed, run, final)
         try:
             groups.together(error)
@@ -114,13 +124,21 @@ def save(
     def seal() -> dict[str, dict[str, Any]]:
         files = [*written, *sorted(resume.glob(f"__{groups.rank()}_*"))]
         if groups.rank() == 0:
-            (resume / STATE).write_text(json.dumps(state | {"adam_step": adam_step, "format_version": FORMAT_VERSION}, indent=1))
+            (resume / STATE).write_text(
+                json.dumps(state | {"adam_step": adam_step, "format_version": FORMAT_VERSION}, indent=1)
+            )
             files += [resume / STATE, resume / ".metadata"]
         return {str(f.relative_to(temporary)): _seal(f) for f in files}
 
     def publish() -> None:
         if groups.rank() == 0:
-            manifest = {"format_version": FORMAT_VERSION, "step": step, "mp": groups.mp_size(), "dp": groups.dp_size(), **about}
+            manifest = {
+                "format_version": FORMAT_VERSION,
+                "step": step,
+                "mp": groups.mp_size(),
+                "dp": groups.dp_size(),
+                **about,
+            }
             manifest["files"] = {name: entry for part in everyone for name, entry in sorted(part.items())}
             _publish(run, temporary, final, manifest)
             retire(run, keep_last, keep_step)
@@ -128,7 +146,9 @@ def save(
     needed = sum(groups.all_gather_object(sum(v.to_local().nbytes for v in views.values()))) * 4 / 3  # and the weights
     together(lambda: _make_room(run, temporary, needed))
     written = together(lambda: list(write_weights(temporary)))
-    together(lambda: dcp.save(views, storage_writer=dcp.FileSystemWriter(resume, single_file_per_rank=True, thread_count=1)))
+    together(
+        lambda: dcp.save(views, storage_writer=dcp.FileSystemWriter(resume, single_file_per_rank=True, thread_count=1))
+    )
     everyone = groups.all_gather_object(together(seal))
     together(publish)
     return final
@@ -159,7 +179,9 @@ def _readable(failed: BaseException, run: Path, final: Path) -> ValueError:
         free = f"{shutil.disk_usage(run).free / 1e9:.2f} GB free there; "
     except OSError:
         free = ""
-    return ValueError(f"--output_dir: saving {final} failed: {reason}; {free}earlier checkpoints are untouched: make room, then run the same command to continue from them")
+    return ValueError(
+        f"--output_dir: saving {final} failed: {reason}; {free}earlier checkpoints are untouched: make room, then run the same command to continue from them"
+    )
 
 
 def _publish(run: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -249,7 +271,9 @@ def find(run: Path, wanted: str) -> tuple[Path | None, list[str]]:
         if not path.is_dir():
             raise ValueError(f"--resume {wanted}: no such checkpoint directory")
         if (wrong := problem(path, hashes=True)) is not None:
-            raise ValueError(f"--resume {wanted}: {wrong}; name another step_* directory, or use --resume auto for the newest whole one")
+            raise ValueError(
+                f"--resume {wanted}: {wrong}; name another step_* directory, or use --resume auto for the newest whole one"
+            )
         return path.resolve(), []
     passed_over = []
     for _, path in reversed(steps(run)):
@@ -257,7 +281,9 @@ def find(run: Path, wanted: str) -> tuple[Path | None, list[str]]:
             return path.resolve(), passed_over
         passed_over.append(wrong)
     if passed_over:
-        raise ValueError(f"--resume auto: no whole checkpoint in {run}: {passed_over[0]}; start again with --overwrite_output_dir true, or restore the file")
+        raise ValueError(
+            f"--resume auto: no whole checkpoint in {run}: {passed_over[0]}; start again with --overwrite_output_dir true, or restore the file"
+        )
     return None, []
 
 
@@ -270,7 +296,9 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
         dcp.load(views, storage_reader=dcp.FileSystemReader(path / "resume"))
     except CheckpointException as failed:
         cause = next(iter(failed.failures.values()))[0]
-        raise ValueError(f"--resume {path}: does not fit this run ({str(cause).splitlines()[0]}): resume with the flags it was saved with") from None
+        raise ValueError(
+            f"--resume {path}: does not fit this run ({str(cause).splitlines()[0]}): resume with the flags it was saved with"
+        ) from None
     for parameter in model.parameters():
         if parameter.requires_grad:
             optimizer.state[parameter]["step"].fill_(state["adam_step"])
@@ -280,7 +308,15 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 class _PlainData(pickle.Unpickler):
     """Reads DCP's .metadata if it holds nothing but descriptions of tensors: the format is a raw pickle."""
 
-    DCP = ("Metadata", "MetadataIndex", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "_MEM_FORMAT_ENCODING")
+    DCP = (
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorStorageMetadata",
+        "TensorProperties",
+        "ChunkStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    )
     NAMES = {
         *(("torch.distributed.checkpoint.metadata", name) for name in DCP),
         ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
@@ -307,4 +343,6 @@ def _check_pickle(file: Path) -> None:
         try:
             _PlainData(handle).load()
         except Exception as error:  # a damaged pickle fails in many ways
-            raise ValueError(f"{file}: holds more than descriptions of tensors ({error}): it was not written by a run of this library, do not load it") from None
+            raise ValueError(
+                f"{file}: holds more than descriptions of tensors ({error}): it was not written by a run of this library, do not load it"
+            ) from None

@@ -12,8 +12,21 @@ from typing import Any, Sequence
 from accessory.config import unknown_name
 from accessory.model import rope
 
-TUNING_KEYS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
-RUNTIME_KEYS = ("max_batch_size", "max_seq_len", "model_parallel_size", "model_type")  # in published files, no property of the weights
+TUNING_KEYS = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "modules_to_save",
+    "bias_tuning",
+    "norm_tuning",
+)
+RUNTIME_KEYS = (
+    "max_batch_size",
+    "max_seq_len",
+    "model_parallel_size",
+    "model_type",
+)  # in published files, no property of the weights
 SCALED_ROPE_KEYS = ("use_scaled_rope", "rope_scaling_factor", "rope_high_freq_factor")
 
 
@@ -46,7 +59,9 @@ class ModelArgs:
         if self.n_heads % self.kv_heads:
             raise ValueError(f"params: n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_dim is None and self.dim % self.n_heads:
-            raise ValueError(f"params: n_heads {self.n_heads} does not divide dim {self.dim}; set head_dim if that is meant")
+            raise ValueError(
+                f"params: n_heads {self.n_heads} does not divide dim {self.dim}; set head_dim if that is meant"
+            )
         if self.head_size % 2:
             raise ValueError(f"params: head dim {self.head_size} is odd; rotary embedding turns pairs")
         if self.rope_scaling is not None:
@@ -119,7 +134,9 @@ def read_params(paths: Sequence[str | Path]) -> dict[str, Any]:
         try:
             content = json.loads(Path(path).read_text())
         except FileNotFoundError:
-            raise ValueError(f"--llama_config {path}: no such file (model_configs/ has one per published size)") from None
+            raise ValueError(
+                f"--llama_config {path}: no such file (model_configs/ has one per published size)"
+            ) from None
         except (json.JSONDecodeError, UnicodeDecodeError) as error:
             raise ValueError(f"--llama_config {path}: not JSON ({error})") from None
         if not isinstance(content, dict):
@@ -154,4 +171,6 @@ def check_model_parallel(args: ModelArgs, size: int) -> None:
     """Raises ValueError with both numbers and the sizes that work."""
     if problem := model_parallel_problem(args, size):
         sizes = [n for n in allowed_model_parallel_sizes(args) if n <= 64]
-        raise ValueError(f"--model_parallel_size {size} but {problem}: use {' or '.join([', '.join(map(str, sizes[:-1])), str(sizes[-1])]) if sizes[:-1] else sizes[-1]}")
+        raise ValueError(
+            f"--model_parallel_size {size} but {problem}: use {' or '.join([', '.join(map(str, sizes[:-1])), str(sizes[-1])]) if sizes[:-1] else sizes[-1]}"
+        )

@@ -46,7 +46,9 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
     packed = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments(cu_seqlens, tokens.device)
     rising = all(a < b for a, b in zip(packed.bounds, packed.bounds[1:]))
     if tokens.shape[0] != 1 or packed.bounds[0] != 0 or packed.bounds[-1] != tokens.shape[1] or not rising:
-        raise ValueError(f"cu_seqlens {packed.bounds[:3]}..{packed.bounds[-1]} do not cut one row of tokens {tuple(tokens.shape)}")
+        raise ValueError(
+            f"cu_seqlens {packed.bounds[:3]}..{packed.bounds[-1]} do not cut one row of tokens {tuple(tokens.shape)}"
+        )
     return packed
 
 
@@ -69,7 +71,9 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H|K, T|S, Dh)
     grouped = q.shape[1] != k.shape[1]
-    if grouped and not (q.is_cuda and q.dtype in HALF and mask is None):  # only flash knows groups: others would take the slow path
+    if grouped and not (
+        q.is_cuda and q.dtype in HALF and mask is None
+    ):  # only flash knows groups: others would take the slow path
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -94,7 +98,9 @@ def causal_varlen(varlen_attn: Callable) -> Callable:
     known = inspect.signature(varlen_attn).parameters
     options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
     if "enable_gqa" in known:
-        return lambda q, k, v, cu, longest: varlen_attn(q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1], **options)
+        return lambda q, k, v, cu, longest: varlen_attn(
+            q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1], **options
+        )
 
     def repeated(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))

@@ -44,7 +44,9 @@ def shard_dim(name: str) -> int | None:
 
     Raises ValueError for a name no LLaMA has."""
     parts = name.split(".")
-    module = parts[-3] if len(parts) > 2 and parts[-2] in ("lora_a", "lora_b") else parts[-2] if len(parts) > 1 else name
+    module = (
+        parts[-3] if len(parts) > 2 and parts[-2] in ("lora_a", "lora_b") else parts[-2] if len(parts) > 1 else name
+    )
     if module not in SHARD_DIM:
         raise ValueError(f"{name}: not a parameter of a LLaMA")
     dim = SHARD_DIM[module]
@@ -84,7 +86,9 @@ class Attention(nn.Module):
         self.wv = ColumnLinear(args.dim, kv_heads * args.head_size, bias=args.attention_bias)
         self.wo = RowLinear(args.n_heads * args.head_size, args.dim, bias=args.attention_bias)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, layer: int) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, layer: int
+    ) -> Tensor:
         x = copy_to_mp(x)  # once for the three
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
@@ -119,7 +123,9 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None = None, cache: Cache | None = None
+    ) -> Tensor:
         if cache is not None:  # never compiled: the cache would make one more graph of every layer
             return Block.compute(self, x, cos, sin, packed, cache)
         if self.checkpointing and torch.is_grad_enabled():
@@ -167,9 +173,13 @@ class Transformer(nn.Module):
     ) -> Any:
         packed = segments(tokens, cu_seqlens)
         if positions is None:
-            positions = packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            positions = (
+                packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+            )
         if self.args.sliding_window:
-            self._check_window(packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1)
+            self._check_window(
+                packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1
+            )
         self.freqs = self.freqs.to(tokens.device)  # once: a copy from the host would wait for the GPU in every step
         cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
         x = self.tok_embeddings(tokens)  # (B, T, D)
@@ -203,7 +213,9 @@ class Transformer(nn.Module):
             )
 
     @torch.no_grad()
-    def init_weights(self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> "Transformer":
+    def init_weights(
+        self, seed: int = 0, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+    ) -> "Transformer":
         """Random weights for training from nothing: normal of std 0.02 (0.02 / sqrt(2 n_layers) for wo, w2), norms 1, biases 0.
 
         Drawn from (seed, name) for the whole matrix and then cut: the same model at every model-parallel size."""
@@ -277,7 +289,11 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     owner, _, key = name.rpartition(".")
     old = model.get_parameter(name)
     assert old.shape == value.shape, f"{name}: {tuple(value.shape)} for a parameter of {tuple(old.shape)}"
-    setattr(model.get_submodule(owner), key, nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point()))
+    setattr(
+        model.get_submodule(owner),
+        key,
+        nn.Parameter(value, requires_grad=old.requires_grad and value.is_floating_point()),
+    )
 
 
 def kv_copied(name: str) -> bool:

@@ -28,14 +28,18 @@ LINEARS = COLUMN + ROW
 class TuningArgs:
     """What is trained"""
 
-    lora_rank: int = flag(0, "rank of the LoRA adapters; 0: no LoRA, everything is trained unless another flag says less")
+    lora_rank: int = flag(
+        0, "rank of the LoRA adapters; 0: no LoRA, everything is trained unless another flag says less"
+    )
     lora_alpha: float | None = flag(None, "LoRA's scale is lora_alpha / lora_rank; none: lora_rank, a scale of 1")
     lora_dropout: float = flag(0.0, "dropout on the adapters' input")
     lora_targets: list[str] = flag(LINEARS, "which linears get an adapter", choices=LINEARS)
     modules_to_save: list[str] = flag([], "modules trained in full beside the adapters, e.g. tok_embeddings,output")
     bias_tuning: bool = flag(False, "give the seven linears biases (zero at first) and train them")
     norm_tuning: bool = flag(False, "train the norms")
-    trainable: list[str] = flag([], "train exactly the parameters matching these names or globs; a leading ! freezes, e.g. '!layers.0'")
+    trainable: list[str] = flag(
+        [], "train exactly the parameters matching these names or globs; a leading ! freezes, e.g. '!layers.0'"
+    )
 
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
@@ -43,11 +47,15 @@ class TuningArgs:
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: expected 0 or more, below 1")
         if self.lora_rank and not self.lora_targets:
-            raise ValueError(f"--lora_targets is empty with --lora_rank {self.lora_rank}: name some of {', '.join(LINEARS)}")
+            raise ValueError(
+                f"--lora_targets is empty with --lora_rank {self.lora_rank}: name some of {', '.join(LINEARS)}"
+            )
 
     @property
     def scale(self) -> float:
-        return (self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank if self.lora_rank else 0.0
+        return (
+            (self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank if self.lora_rank else 0.0
+        )
 
     @property
     def partly(self) -> bool:
@@ -149,7 +157,9 @@ def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
         for pattern in patterns:
             if not any(_matches(n, pattern) for n in names):
                 near = difflib.get_close_matches(pattern, names + sorted({p for n in names for p in n.split(".")}), n=1)
-                raise ValueError(f"--{flag_name} {pattern}: no parameter matches" + (f"; did you mean {near[0]}?" if near else ""))
+                raise ValueError(
+                    f"--{flag_name} {pattern}: no parameter matches" + (f"; did you mean {near[0]}?" if near else "")
+                )
     if wanted:
         chosen = [n for n in names if any(_matches(n, p) for p in wanted)]
     elif tuning.lora_rank or tuning.bias_tuning or tuning.norm_tuning or saved:

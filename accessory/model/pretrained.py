@@ -40,7 +40,10 @@ def load(
 
 
 def open_pretrained(
-    path: str | Path, pretrained_type: str | None = None, llama_config: Sequence[str | Path] = (), base: str | Path | None = None
+    path: str | Path,
+    pretrained_type: str | None = None,
+    llama_config: Sequence[str | Path] = (),
+    base: str | Path | None = None,
 ) -> tuple[Any, ModelArgs]:
     """(Checkpoint, ModelArgs) without reading weights. `llama_config` files replace the checkpoint's own params; `base`
     says where an adapter's base is now. Vocabulary and tying come from the tensors where the files leave them open."""
@@ -60,7 +63,9 @@ def open_pretrained(
         raise ValueError(f"{path}: output.weight is missing, while its params say tie_word_embeddings is false")
     rows = checkpoint.source.shape("tok_embeddings.weight")[0]
     tied = args.tie_word_embeddings if args.tie_word_embeddings is not None else "output.weight" not in names
-    return checkpoint, replace(args, vocab_size=rows if args.vocab_size < 1 else args.vocab_size, tie_word_embeddings=tied)
+    return checkpoint, replace(
+        args, vocab_size=rows if args.vocab_size < 1 else args.vocab_size, tie_word_embeddings=tied
+    )
 
 
 def carried_tuning(checkpoint: Any) -> TuningArgs:
@@ -81,12 +86,16 @@ def check_keys(model: Transformer, checkpoint: Any, tuning: TuningArgs) -> None:
     """Raises ValueError with the first missing, unexpected and mis-shaped keys and how many of each there are."""
     found = set(checkpoint.source.names())
     expected = {name: global_shape(model.args, name, tuning.lora_rank) for name, _ in model.named_parameters()}
-    spare = {"output.weight"} if model.args.tie_word_embeddings else set()  # a tied model's file may repeat the embedding
+    spare = (
+        {"output.weight"} if model.args.tie_word_embeddings else set()
+    )  # a tied model's file may repeat the embedding
     shapes = {n: tuple(checkpoint.source.shape(n)) for n in expected if n in found}
     report = {
         "missing": [n for n in expected if n not in found and not _added(n, tuning)],
         "unexpected": sorted(found - set(expected) - spare),
-        "of another shape": [f"{n} {list(shapes[n])}, not {list(expected[n])}" for n in shapes if shapes[n] != expected[n]],
+        "of another shape": [
+            f"{n} {list(shapes[n])}, not {list(expected[n])}" for n in shapes if shapes[n] != expected[n]
+        ],
     }
     parts = [f"{len(v)} {k}: {', '.join(v[:3])}{', ...' if len(v) > 3 else ''}" for k, v in report.items() if v]
     if parts:

@@ -26,7 +26,9 @@ OPTIONAL = {"yarn": {"beta_fast", "beta_slow", "attention_factor", "mscale", "ms
 def check_scaling(scaling: dict[str, Any]) -> dict[str, Any]:
     """A rope_scaling dict with its type under "rope_type". Raises ValueError for an unknown type, a missing or unknown key."""
     if not isinstance(scaling, dict):
-        raise ValueError(f"rope_scaling {scaling!r}: expected an object with rope_type and factor, or Accessory's number above 0")
+        raise ValueError(
+            f"rope_scaling {scaling!r}: expected an object with rope_type and factor, or Accessory's number above 0"
+        )
     scaling = {("rope_type" if k == "type" else k): v for k, v in scaling.items()}
     kind = scaling.get("rope_type")
     if kind not in KNOWN:
@@ -35,7 +37,9 @@ def check_scaling(scaling: dict[str, Any]) -> dict[str, Any]:
     if missing := KNOWN[kind] - keys:
         raise ValueError(f"rope_scaling {kind}: {', '.join(sorted(missing))} is missing")
     if unknown := keys - KNOWN[kind] - OPTIONAL.get(kind, set()) - {"rope_theta", "original_max_position_embeddings"}:
-        raise ValueError(f"rope_scaling {kind}: {', '.join(sorted(unknown))} would change the positions and is not known")
+        raise ValueError(
+            f"rope_scaling {kind}: {', '.join(sorted(unknown))} would change the positions and is not known"
+        )
     if not isinstance(scaling["factor"], (int, float)) or not scaling["factor"] > 0:
         raise ValueError(f"rope_scaling {kind}: factor {scaling['factor']} must be above 0")
     return scaling

@@ -24,10 +24,18 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 class ParallelArgs:
     """How the work is divided, and in which precision"""
 
-    model_parallel_size: int = flag(1, "ranks that share one replica; any size the model's heads allow, whatever the shards on disk")
-    data_parallel: str = flag("fsdp", "over the other ranks: fsdp least memory, sdp keeps a step's weights, ddp keeps all", choices=("fsdp", "sdp", "ddp"))
+    model_parallel_size: int = flag(
+        1, "ranks that share one replica; any size the model's heads allow, whatever the shards on disk"
+    )
+    data_parallel: str = flag(
+        "fsdp",
+        "over the other ranks: fsdp least memory, sdp keeps a step's weights, ddp keeps all",
+        choices=("fsdp", "sdp", "ddp"),
+    )
     cpu_offload: bool = flag(False, "keep weights and optimizer in host memory between uses (GPU only)")
-    precision: str = flag("bf16", "of the arithmetic; trained weights and gradients are fp32 always", choices=tuple(DTYPES))
+    precision: str = flag(
+        "bf16", "of the arithmetic; trained weights and gradients are fp32 always", choices=tuple(DTYPES)
+    )
     checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
     compile: bool = flag(False, "compile each layer with torch.compile: faster after a minute of warming up")
 
@@ -40,7 +48,9 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
     mesh = groups.dp_mesh(data_parallel)
 
     def shard(module: nn.Module) -> None:
-        fully_shard(module, mesh=mesh, reshard_after_forward=data_parallel == "fsdp", mp_policy=policy, offload_policy=offload)
+        fully_shard(
+            module, mesh=mesh, reshard_after_forward=data_parallel == "fsdp", mp_policy=policy, offload_policy=offload
+        )
 
     return shard
 

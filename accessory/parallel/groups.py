@@ -140,7 +140,9 @@ def mesh(kind: str) -> DeviceMesh:
     For checkpoints. Collective at the first call."""
     if ("mesh", kind) not in _cache:
         ranks = torch.arange(world_size()).view(-1, mp_size())
-        _cache["mesh", kind] = DeviceMesh.from_group([dp_group(), mp_group()], kind, mesh=ranks, mesh_dim_names=("dp", "mp"))
+        _cache["mesh", kind] = DeviceMesh.from_group(
+            [dp_group(), mp_group()], kind, mesh=ranks, mesh_dim_names=("dp", "mp")
+        )
     return _cache["mesh", kind]
 
 

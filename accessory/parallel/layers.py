@@ -23,7 +23,9 @@ from accessory.parallel import groups
 
 copy_to_mp = copy_to_model_parallel_region  # forward: nothing; backward: sum over mp
 reduce_from_mp = reduce_from_model_parallel_region  # forward: sum over mp; backward: nothing
-gather_from_mp = gather_from_model_parallel_region  # forward: concatenate the last dim over mp; backward: this rank's part
+gather_from_mp = (
+    gather_from_model_parallel_region  # forward: concatenate the last dim over mp; backward: this rank's part
+)
 
 
 @contextlib.contextmanager

@@ -18,7 +18,9 @@ CHUNK_BYTES = 64 * 2**20  # of fp32 logits a chunk may take
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int
+    ) -> tuple[Tensor, Tensor]:
         local, start = weight.shape[0], groups.mp_rank() * weight.shape[0]
         valid = max(0, min(local, vocab_size - start))  # rows from here on are padding
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -26,7 +28,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        for h, t, out in zip(hidden.split(rows), targets.split(rows), hidden_grad.split(rows) if wants_hidden else _nones()):
+        for h, t, out in zip(
+            hidden.split(rows), targets.split(rows), hidden_grad.split(rows) if wants_hidden else _nones()
+        ):
             logits = (h @ weight.t()).float()  # (C, V/mp)
             logits[:, valid:] = -torch.inf
             inside = (t >= start) & (t < start + valid)
@@ -35,7 +39,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             top = _max_over_mp(logits)
             probabilities = logits.sub_(top.unsqueeze(1)).exp_()
             sums = torch.stack((probabilities.sum(1), target_logit))  # (2, C): one reduction for both
-            total, target_logit = groups.all_reduce(sums, groups.mp_group()).unbind() if groups.mp_size() > 1 else sums.unbind()
+            total, target_logit = (
+                groups.all_reduce(sums, groups.mp_group()).unbind() if groups.mp_size() > 1 else sums.unbind()
+            )
             loss += (total.log() + top - target_logit).sum()
             correct += (target_logit >= top).sum()
             if wants_hidden or wants_weight:

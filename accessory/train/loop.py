@@ -37,9 +37,16 @@ class LoopArgs:
     epochs: int = flag(3, "passes over the training data")
     max_steps: int | None = flag(None, "optimizer steps, instead of epochs")
     logging_steps: int = flag(1, "a metrics.jsonl line every so many steps")
-    eval_steps: float = flag(0, "validate every so many steps; below 1: a share of the run; 0: after each epoch. Always at step 0 and at the end")
-    save_steps: float = flag(0, "save every so many steps; below 1: a share of the run; 0: after each epoch. Always at the end")
-    metric: str = flag("val_loss", "what the best checkpoint is judged by", choices=("val_loss", "val_perplexity", "val_accuracy"))
+    eval_steps: float = flag(
+        0,
+        "validate every so many steps; below 1: a share of the run; 0: after each epoch. Always at step 0 and at the end",
+    )
+    save_steps: float = flag(
+        0, "save every so many steps; below 1: a share of the run; 0: after each epoch. Always at the end"
+    )
+    metric: str = flag(
+        "val_loss", "what the best checkpoint is judged by", choices=("val_loss", "val_perplexity", "val_accuracy")
+    )
     seed: int = flag(0, "of the data's order, dropout and new weights")
 
     def __post_init__(self) -> None:
@@ -65,8 +72,14 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on the device; the bounds of its sequences stay on the host, where they are read."""
     if device.type == "cpu":
         return batch
-    rows = {name: t.pin_memory().to(device, non_blocking=True) for name, t in batch._asdict().items() if name != "cu_seqlens"}
-    return batch._replace(**rows, cu_seqlens=Segments(batch.cu_seqlens, device))  # FSDP would send a tensor to the device
+    rows = {
+        name: t.pin_memory().to(device, non_blocking=True)
+        for name, t in batch._asdict().items()
+        if name != "cu_seqlens"
+    }
+    return batch._replace(
+        **rows, cu_seqlens=Segments(batch.cu_seqlens, device)
+    )  # FSDP would send a tensor to the device
 
 
 def fit(
@@ -122,16 +135,32 @@ def fit(
         loss, norm, skipped, row = late.read()
         state.skipped_steps = int(skipped)
         if row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(f"step {record['step']}: the gradient was not finite for {int(row)} steps in a row; lower --lr, or train in bf16 or fp32 (--precision)")
+            raise ValueError(
+                f"step {record['step']}: the gradient was not finite for {int(row)} steps in a row; lower --lr, or train in bf16 or fp32 (--precision)"
+            )
         logged_tokens += record.pop("window_tokens")
         logged_seconds += record.pop("seconds")
         if record["step"] % args.logging_steps and record["step"] != max_steps:
             return
         speed = logged_tokens / max(logged_seconds, 1e-9)
         logged_tokens, logged_seconds = 0, 0.0
-        record |= {"loss": loss, "grad_norm": norm, "tokens_per_second": round(speed, 2), "memory_gb": round(log.peak_memory_gb(), 3), "skipped_steps": int(skipped)}
+        record |= {
+            "loss": loss,
+            "grad_norm": norm,
+            "tokens_per_second": round(speed, 2),
+            "memory_gb": round(log.peak_memory_gb(), 3),
+            "skipped_steps": int(skipped),
+        }
         run_log.write(record)
-        run_log.step(record["step"], {"loss": f"{loss:.4f}", "lr": f"{record['lr']:.2e}", "tokens/s": f"{speed:.0f}", "GB": f"{record['memory_gb']:.1f}"})
+        run_log.step(
+            record["step"],
+            {
+                "loss": f"{loss:.4f}",
+                "lr": f"{record['lr']:.2e}",
+                "tokens/s": f"{speed:.0f}",
+                "GB": f"{record['memory_gb']:.1f}",
+            },
+        )
 
     if state.step == 0:
         validate()
@@ -173,7 +202,14 @@ def fit(
                 state.epoch, state.window = state.epoch + 1, 0
             if late is not None:
                 report(*late)
-            record = {"step": state.step, "epoch": round(state.epoch + state.window / windows, 6), "lr": lr, "tokens": state.tokens, "window_tokens": window.num_all_tokens, "seconds": clock.lap()}
+            record = {
+                "step": state.step,
+                "epoch": round(state.epoch + state.window / windows, 6),
+                "lr": lr,
+                "tokens": state.tokens,
+                "window_tokens": window.num_all_tokens,
+                "seconds": clock.lap(),
+            }
             late = (Late(torch.stack((loss_mean, norm, skipped_total, in_a_row))), record)
 
             stop = groups.all_reduce(torch.tensor(float(signals.received is not None))).item() > 0
@@ -203,7 +239,9 @@ def _factor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, objective: Callable, dataset: Sequence, batch_size: int, show_progress: bool) -> dict[str, float]:
+def evaluate(
+    model: nn.Module, objective: Callable, dataset: Sequence, batch_size: int, show_progress: bool
+) -> dict[str, float]:
     """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks.
 
     Every rank calls it; the result is the same on all."""

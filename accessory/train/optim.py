@@ -39,7 +39,9 @@ class OptimArgs:
         if not 0 <= self.min_lr <= self.lr:
             raise ValueError(f"--min_lr {self.min_lr} with --lr {self.lr}: expected 0 <= min_lr <= lr")
         if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
-            raise ValueError(f"--adam_betas {','.join(map(str, self.adam_betas))}: expected two numbers, 0 or more and below 1")
+            raise ValueError(
+                f"--adam_betas {','.join(map(str, self.adam_betas))}: expected two numbers, 0 or more and below 1"
+            )
         if not 0 <= self.warmup_ratio <= 1:
             raise ValueError(f"--warmup_ratio {self.warmup_ratio}: expected a share between 0 and 1")
         if (self.warmup_steps or 0) < 0 or self.clip_grad < 0 or self.weight_decay < 0:
@@ -87,7 +89,10 @@ def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) -> None
     for group in optimizer.param_groups:
         group["lr"] = lr
     where = optimizer.param_groups[0]["params"][0].device  # the CPU under --cpu_offload
-    optimizer.grad_scale, optimizer.found_inf = None, found_inf.to(where)  # the fused kernel's own protocol, as GradScaler uses it
+    optimizer.grad_scale, optimizer.found_inf = (
+        None,
+        found_inf.to(where),
+    )  # the fused kernel's own protocol, as GradScaler uses it
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
     optimizer.zero_grad(set_to_none=True)

@@ -22,7 +22,17 @@ PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is 
 SAVED_PER_TOKEN = (4, 4, 4)  # what a layer keeps a token: D replicated (inputs, norms), D and F of this rank's slice
 
 
-def plan(model: Transformer, checkpoint: Any, tuning: TuningArgs, parallel: ParallelArgs, loop_args: Any, optim_args: Any, train_set: Any, max_steps: int, max_seq_len: int) -> dict[str, Any]:
+def plan(
+    model: Transformer,
+    checkpoint: Any,
+    tuning: TuningArgs,
+    parallel: ParallelArgs,
+    loop_args: Any,
+    optim_args: Any,
+    train_set: Any,
+    max_steps: int,
+    max_seq_len: int,
+) -> dict[str, Any]:
     """The figures, from the empty model. Bytes in 10^9 (GB). No weights are read."""
     dp = 1 if parallel.data_parallel == "ddp" else groups.dp_size()
     known = set(checkpoint.source.names())
