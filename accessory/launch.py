@@ -68,7 +68,8 @@ def pass_on(number: int, received: list[int]) -> None:
 
 
 def last_line(error) -> str:
-    """The message of the rank that failed first; for a rank that died without a word, how it died."""
+    """The message of the rank that failed first; for a rank that died without a word, how it died (on a new line: it may
+    have left a progress bar)."""
     rank, failure = error.get_first_failure()
     message = failure.message
     if isinstance(message, dict):
@@ -78,8 +79,8 @@ def last_line(error) -> str:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        return f"error: rank {rank} was ended by {name}{hint}: see its output above; the last complete checkpoint is intact"
-    return f"error: rank {rank} failed with exit code {failure.exitcode}: its traceback is above"
+        return f"\nerror: rank {rank} was ended by {name}{hint}: see its output above; the last complete checkpoint is intact"
+    return f"\nerror: rank {rank} failed with exit code {failure.exitcode}: its traceback is above"
 
 
 if __name__ == "__main__":

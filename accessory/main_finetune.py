@@ -95,6 +95,7 @@ def main(
     resumed = find_start(run, directory) if not run.dry_run else None
     checkpoint, args = open_pretrained(run.pretrained_path, run.pretrained_type, run.llama_config)
     tuning = with_config_keys(tuning, run.llama_config)
+    check_carried(run, checkpoint, tuning)
     tokenizer = open_tokenizer(run, checkpoint, args)
     train_set, val_set = load_sft(data, tokenizer, loop_args.seed, show_progress=groups.rank() == 0)
     say_data(train_set, val_set)
@@ -227,6 +228,21 @@ def with_config_keys(tuning: TuningArgs, files: list[str]) -> TuningArgs:
     return dataclasses.replace(tuning, **keys)
 
 
+def check_carried(run: RunArgs, checkpoint: Any, tuning: TuningArgs) -> None:
+    """Adapters inside the checkpoint go on at their own rank and scale, or not at all. Raises ValueError with the remedy."""
+    if checkpoint.adapter is None:
+        return
+    merge = f"merge it first: python tools/merge_lora.py --adapter {run.pretrained_path} --dst DIR"
+    if (Path(run.pretrained_path) / "adapter.json").exists():
+        raise ValueError(f"--pretrained_path {run.pretrained_path} is an adapter, not a model: {merge}")
+    rank, alpha = checkpoint.adapter["lora_rank"], checkpoint.adapter["lora_alpha"]
+    if tuning.lora_rank != rank or tuning.scale * rank != alpha:
+        raise ValueError(
+            f"--pretrained_path {run.pretrained_path} has LoRA inside: give --lora_rank {rank} --lora_alpha {alpha:g} to go on "
+            f"with it, or {merge}"
+        )
+
+
 def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
     """The tokenizer, checked against the embedding."""
     path = run.tokenizer_path or checkpoint.tokenizer
@@ -237,7 +253,7 @@ def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
     tokenizer = Tokenizer.open(path)
     if not 0 <= args.vocab_size - tokenizer.vocab_size <= MAX_SPARE_ROWS:
         raise ValueError(
-            f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together"
+            f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together, name the checkpoint's own"
         )
     return tokenizer
 

@@ -25,6 +25,7 @@ class GenerateArgs:
     """Generation"""
 
     pretrained_path: str = flag("", "checkpoint directory (or .gguf), or an adapter saved by a run")
+    base: str | None = flag(None, "an adapter's base, when it is no longer where its adapter.json says")
     pretrained_type: str | None = flag(
         None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")
     )
@@ -54,7 +55,7 @@ class GenerateArgs:
 
 def main(args: GenerateArgs) -> None:
     groups.init(args.model_parallel_size)
-    checkpoint, model_args = open_pretrained(args.pretrained_path, args.pretrained_type, args.llama_config)
+    checkpoint, model_args = open_pretrained(args.pretrained_path, args.pretrained_type, args.llama_config, args.base)
     path = args.tokenizer_path or checkpoint.tokenizer
     if path is None:
         raise ValueError(f"{args.pretrained_path} has no tokenizer beside it: name one with --tokenizer_path")

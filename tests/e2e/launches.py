@@ -1,10 +1,10 @@
 """Real command lines for the end-to-end tests, and what they leave: `python -m accessory.launch` and exps/*.sh.
 
-    Launch(command, log, **variables)   starts it; every process that descends from it carries a mark in its environment
-        .wait()  -> Done                exit code, what was printed (stdout and stderr as one), seconds
-        .kill()                         SIGKILL to all of them, as a machine that goes down
-        .alive()                        which of them are still there
-    hashes(directory)                   {file: sha256}, links by where they point
+Launch(command, log, **variables)   starts it; every process that descends from it carries a mark in its environment
+    .wait()  -> Done                exit code, what was printed (stdout and stderr as one), seconds
+    .kill()                         SIGKILL to all of them, as a machine that goes down
+    .alive()                        which of them are still there
+hashes(directory)                   {file: sha256}, links by where they point
 """
 
 import os
@@ -49,10 +49,17 @@ class Launch:
         self.mark, self.log, self.temporary = uuid.uuid4().hex, log, log.with_suffix(".tmp")
         self.temporary.mkdir(parents=True, exist_ok=True)
         mine = {k: v for k, v in os.environ.items() if k not in TORCHRUN}
-        mine |= {"PYTHONPATH": str(directory), "OMP_NUM_THREADS": "1", "TMPDIR": str(self.temporary), "python": sys.executable}
+        mine |= {
+            "PYTHONPATH": str(directory),
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(self.temporary),
+            "python": sys.executable,
+        }
         mine |= {"TEST_MARK": self.mark} | {k: str(v) for k, v in variables.items()}
         with open(log, "wb") as out:
-            self.process = subprocess.Popen(command, cwd=directory, env=mine, stdin=subprocess.DEVNULL, stdout=out, stderr=out)
+            self.process = subprocess.Popen(
+                command, cwd=directory, env=mine, stdin=subprocess.DEVNULL, stdout=out, stderr=out
+            )
 
     def wait(self, timeout: float = PATIENCE) -> Done:
         """Waits for the command itself; who remains after it is `alive()`. After `timeout` all are killed: code -9."""
@@ -68,7 +75,9 @@ class Launch:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
     def alive(self) -> list[psutil.Process]:
-        marked = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("TEST_MARK") == self.mark]
+        marked = [
+            p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("TEST_MARK") == self.mark
+        ]
         return [p for p in marked if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
 
     def kill(self) -> None:

@@ -16,7 +16,13 @@ def interpreter(code: str, *argv: str) -> str:
     """stdout of a new Python without any of torchrun's variables."""
     mine = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}
     environment = {k: v for k, v in os.environ.items() if k not in mine} | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code), *argv], env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert done.returncode == 0 and done.stderr == "", done.stderr
     return done.stdout
 
@@ -71,7 +77,9 @@ def test_the_lines_of_the_readme(tmp_path) -> None:
 
 
 def test_the_readmes_own_block(tmp_path) -> None:
-    blocks = [b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "from_pretrained" in b]
+    blocks = [
+        b for b in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S) if "from_pretrained" in b
+    ]
     if not blocks:
         pytest.skip("README.md has no Python block with from_pretrained")
     path = write_tiny_checkpoint(tmp_path / "tiny")

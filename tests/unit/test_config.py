@@ -54,7 +54,10 @@ def read(*argv: str) -> dict:
 @pytest.mark.parametrize(
     "argv, expected",
     [
-        ([], {"width": 4, "lr": 1e-3, "mode": "fsdp", "path": "", "maybe": None, "targets": ["wq", "wv"], "keep": None}),
+        (
+            [],
+            {"width": 4, "lr": 1e-3, "mode": "fsdp", "path": "", "maybe": None, "targets": ["wq", "wv"], "keep": None},
+        ),
         (["--width", "7", "--lr=2e-5"], {"width": 7, "lr": 2e-5}),
         (["--lr", "-1e-5"], {"lr": -1e-5}),  # a dash before a digit is a value
         (["--path=-x", "--maybe=--no"], {"path": "-x", "maybe": "--no"}),
@@ -105,7 +108,10 @@ def test_what_is_read(argv: list[str], expected: dict) -> None:
         (["--targets", "wq,wx"], "--targets wx: choose one of wq, wk, wv"),
         (["--width", "0"], "--width 0: expected 1 or more"),
         (["--path"], "--path has no value"),
-        (["--path", "--width", "3"], "--path has no value: write --path value, or --path=value where the value starts with a dash"),
+        (
+            ["--path", "--width", "3"],
+            "--path has no value: write --path value, or --path=value where the value starts with a dash",
+        ),
         (["--patterns", "-x"], "--patterns has no value"),
         (["run"], "'run' is not a flag"),
         (["--width", "3", "4"], "'4' is not a flag"),
@@ -125,8 +131,19 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture) -
     assert end.value.code in (0, None)
     text = capsys.readouterr().out
     for line in (
-        *("The shape of it", "Where things are", "--width  (default: 4)", "--lr  (default: 0.001)", "--mode {fsdp,ddp}  (default: fsdp)"),
-        *("--path  (default: none)", "--maybe  (default: none)", "--targets {wq,wk,wv}  (default: wq,wv)", "--betas  (default: 0.9,0.95)"),
+        *(
+            "The shape of it",
+            "Where things are",
+            "--width  (default: 4)",
+            "--lr  (default: 0.001)",
+            "--mode {fsdp,ddp}  (default: fsdp)",
+        ),
+        *(
+            "--path  (default: none)",
+            "--maybe  (default: none)",
+            "--targets {wq,wk,wv}  (default: wq,wv)",
+            "--betas  (default: 0.9,0.95)",
+        ),
         *("a switch whose name begins with no", "--norm_tuning  (default: False)", "--patterns  (default: none)"),
     ):
         assert line in text, line
@@ -144,7 +161,9 @@ def test_the_flags_of_fine_tuning_are_all_there() -> None:
     """Their names are fixed: people's scripts hold them."""
     from accessory import main_finetune as m
 
-    text = config.help_text([m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.optim.OptimArgs, m.loop.LoopArgs], "")
+    text = config.help_text(
+        [m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.optim.OptimArgs, m.loop.LoopArgs], ""
+    )
     listed = dict(re.findall(r"^  (--\w+).*\n +(\S.*)$", text, re.M))
     assert sorted(listed) == sorted(FLAGS) and all(len(meaning) > 10 for meaning in listed.values())
 
@@ -159,7 +178,13 @@ def test_given_flags_are_known() -> None:
 
 def python(code: str, *argv: str, **environment: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"PYTHONPATH": str(ROOT)} | environment
-    return subprocess.run([sys.executable, "-c", textwrap.dedent(code), *argv], env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), *argv],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
 
 
 MAIN = """
@@ -200,7 +225,10 @@ def test_under_the_launcher_the_line_goes_into_its_file(tmp_path: Path) -> None:
     done = python(MAIN, "--kind", "wrong", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
     assert (done.returncode, done.stderr) == (1, "")
     message = json.loads((tmp_path / "error.json").read_text())["message"]
-    assert message["message"] == "error: --kind wrong: choose better" and abs(int(message["extraInfo"]["timestamp"]) - time.time()) < 60
+    assert (
+        message["message"] == "error: --kind wrong: choose better"
+        and abs(int(message["extraInfo"]["timestamp"]) - time.time()) < 60
+    )
 
 
 TOOL = """
@@ -220,7 +248,11 @@ TOOL = """
         (["--size", "4"], 1, "error: --src is missing: --help shows what this tool takes\n"),
         (["--src", "a", "--sise", "4"], 1, "error: unknown flag --sise: did you mean --size?\n"),
         (["--src", "a", "--size", "big"], 1, "error: --size big: not a whole number\n"),
-        (["--src"], 1, "error: --src has no value: write --src value, or --src=value where the value starts with a dash\n"),
+        (
+            ["--src"],
+            1,
+            "error: --src has no value: write --src value, or --src=value where the value starts with a dash\n",
+        ),
     ],
     ids=str,
 )
@@ -231,7 +263,11 @@ def test_tools(argv: list[str], code: int, out: str) -> None:
 
 def test_a_tools_help() -> None:
     done = python(TOOL, "--help")
-    assert done.returncode == 0 and "--src STR [--size 3] [--dtype None] [--flat False]" in done.stdout and "Turns src." in done.stdout
+    assert (
+        done.returncode == 0
+        and "--src STR [--size 3] [--dtype None] [--flat False]" in done.stdout
+        and "Turns src." in done.stdout
+    )
 
 
 # --- accessory.launch: tiny workers without torch ----------------------------------------------------------------------
@@ -269,7 +305,16 @@ except ValueError as error:
 def launch(tmp_path: Path, kind: str) -> subprocess.Popen:
     (tmp_path / "worker.py").write_text(WORKER)
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
-    argv = [sys.executable, "-m", "accessory.launch", "--nproc_per_node", "2", str(tmp_path / "worker.py"), kind, str(tmp_path)]
+    argv = [
+        sys.executable,
+        "-m",
+        "accessory.launch",
+        "--nproc_per_node",
+        "2",
+        str(tmp_path / "worker.py"),
+        kind,
+        str(tmp_path),
+    ]
     return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

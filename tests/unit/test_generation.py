@@ -57,7 +57,14 @@ def test_greedy_is_that_of_transformers(pair: tuple) -> None:
     for prompt, answer in zip(prompts, generate(model, prompts, 60)):  # past the old context of 64
         assert answer == greedy_without_cache(model, prompt, 60)
         ids = torch.tensor([prompt])
-        truth = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=60, do_sample=False, eos_token_id=None, pad_token_id=0)
+        truth = theirs.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=60,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         assert answer == truth[0, len(prompt) :].tolist()
 
 
@@ -70,7 +77,9 @@ def test_end_tokens_end_a_row_and_are_not_returned(pair: tuple) -> None:
     assert generate(model, prompts, 20, eos_ids=ends) == cut
     assert len(cut[0]) <= 5 and len(cut[1]) <= 2
     ids = torch.tensor([prompts[0]])
-    truth = theirs.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=0)
+    truth = theirs.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=ends, pad_token_id=0
+    )
     assert truth[0, 4:].tolist()[: len(cut[0])] == cut[0] and truth[0, -1].item() in ends
     first = [row[0] for row in free]
     assert generate(model, prompts, 20, eos_ids=first) == [[], [], []]
@@ -94,7 +103,9 @@ def test_a_sliding_window_is_refused_when_generation_reaches_it() -> None:
     model = peer(mistral=True, sliding_window=16)
     ours, prompt = carry(model, sliding_window=16), prompts_of(10)[0]
     ids = torch.tensor([prompt])
-    truth = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0)
+    truth = model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=7, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
     assert generate(ours, [prompt], 7) == [truth[0, 10:].tolist()]  # the 17th token is chosen from 16
     with pytest.raises(ValueError, match="17 tokens, .* sliding window of 16"):
         generate(ours, [prompt], 8)
@@ -116,7 +127,11 @@ def test_sampling_depends_on_the_seed_alone(pair: tuple) -> None:
     assert draw(0) == once != draw(1)
     assert once[0] != once[1]  # nor do rows repeat each other
     greedy = generate(model, prompts, 15)
-    assert greedy == generate(model, prompts, 15, temperature=1e-4) == generate(model, prompts, 15, temperature=1.0, top_p=1e-6)
+    assert (
+        greedy
+        == generate(model, prompts, 15, temperature=1e-4)
+        == generate(model, prompts, 15, temperature=1.0, top_p=1e-6)
+    )
     assert once[0] != greedy[0]
 
 
@@ -128,7 +143,9 @@ def assert_distributed(counts: torch.Tensor, probabilities: torch.Tensor) -> Non
     assert abs(chi - freedom) <= 5 * (2 * freedom) ** 0.5 + 1, (chi, freedom)
 
 
-@pytest.mark.parametrize("temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7), (1.5, 0.95), (0.7, 0.3)])
+@pytest.mark.parametrize(
+    "temperature, top_p", [(1.0, 1.0), (0.5, 1.0), (2.0, 1.0), (1.0, 0.7), (1.5, 0.95), (0.7, 0.3)]
+)
 def test_the_draws_follow_the_softmax(temperature: float, top_p: float) -> None:
     logits = torch.randn(9, generator=torch.Generator().manual_seed(3))
     warped = logits.unsqueeze(0) / temperature

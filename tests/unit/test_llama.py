@@ -21,13 +21,22 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {"dim": 96, "n_layers": 2, "n_heads": 6, "hidden_dim": 80, "vocab_size": 101, "norm_eps": 1e-5}
 OLD_CONTEXT = 64
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": OLD_CONTEXT}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": OLD_CONTEXT,
+}
 SCALINGS = {  # ours; Hugging Face's where it is another
     "none": (None, {"rope_type": "default"}),
     "linear": ({"rope_type": "linear", "factor": 4.0}, None),
     "llama3": (LLAMA3, None),
     "yarn": ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": OLD_CONTEXT}, None),
-    "ntk": ({"rope_type": "ntk", "factor": 3.0}, {"rope_type": "dynamic", "factor": 2.0}),  # at twice the old context: 2 * 2 - (2 - 1)
+    "ntk": (
+        {"rope_type": "ntk", "factor": 3.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+    ),  # at twice the old context: 2 * 2 - (2 - 1)
 }
 BOUND = 2e-5  # of the logits' scale
 
@@ -35,11 +44,19 @@ BOUND = 2e-5  # of the logits' scale
 def peer(scaling: dict | None = None, mistral: bool = False, **keys):
     """A random model of transformers, in our names. Weights are of unit gain, so that attention is not flat."""
     p = SIZES | {"n_kv_heads": 6, "tie_word_embeddings": False, "rope_theta": 10000.0} | keys
-    names = {"dim": "hidden_size", "n_layers": "num_hidden_layers", "n_heads": "num_attention_heads", "n_kv_heads": "num_key_value_heads"}
+    names = {
+        "dim": "hidden_size",
+        "n_layers": "num_hidden_layers",
+        "n_heads": "num_attention_heads",
+        "n_kv_heads": "num_key_value_heads",
+    }
     names |= {"hidden_dim": "intermediate_size", "norm_eps": "rms_norm_eps"}
     theta = p.pop("rope_theta")
     rope = {**(scaling or {"rope_type": "default"}), "rope_theta": theta}
-    config = {names.get(k, k): v for k, v in p.items()} | {"rope_parameters": rope, "max_position_embeddings": OLD_CONTEXT}
+    config = {names.get(k, k): v for k, v in p.items()} | {
+        "rope_parameters": rope,
+        "max_position_embeddings": OLD_CONTEXT,
+    }
     config |= {"bos_token_id": 1, "eos_token_id": 2}
     kind = "Mistral" if mistral else "Llama"
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**config)).float().eval()
@@ -53,7 +70,12 @@ def peer(scaling: dict | None = None, mistral: bool = False, **keys):
 
 def pairs(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """HF's rows of q and k (a head's first half, then its second) as Meta's: pair i is rows i and i + Dh/2."""
-    order = [h + i + half for h in range(0, rows.shape[0], head_dim) for i in range(head_dim // 2) for half in (0, head_dim // 2)]
+    order = [
+        h + i + half
+        for h in range(0, rows.shape[0], head_dim)
+        for i in range(head_dim // 2)
+        for half in (0, head_dim // 2)
+    ]
     return rows[torch.tensor(order)]
 
 
@@ -86,14 +108,21 @@ def meta_tensor(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 def meta_tensors(state: dict[str, torch.Tensor], head_dim: int, tied: bool) -> dict[str, torch.Tensor]:
     """A state of LlamaForCausalLM under Meta's names and rows."""
-    return {meta_name(n): meta_tensor(n, t, head_dim) for n, t in state.items() if not (tied and n.startswith("lm_head"))}
+    return {
+        meta_name(n): meta_tensor(n, t, head_dim) for n, t in state.items() if not (tied and n.startswith("lm_head"))
+    }
 
 
 def carry(model, scaling: dict | None = None, **keys) -> Transformer:
     """Our model with the weights of a Hugging Face one."""
     c = model.config
     tied = c.tie_word_embeddings
-    params = SIZES | {"n_kv_heads": c.num_key_value_heads, "tie_word_embeddings": tied, "rope_scaling": scaling, "rope_theta": c.rope_parameters["rope_theta"]}
+    params = SIZES | {
+        "n_kv_heads": c.num_key_value_heads,
+        "tie_word_embeddings": tied,
+        "rope_scaling": scaling,
+        "rope_theta": c.rope_parameters["rope_theta"],
+    }
     ours = Transformer(ModelArgs.from_dict(params | keys))
     tensors = meta_tensors(model.state_dict(), ours.args.head_size, tied)
     ours.load_state_dict(tensors, strict=True, assign=True)
@@ -151,7 +180,9 @@ def test_sizes_and_biases_of_their_own(keys: dict) -> None:
     assert_near(ours(tokens), model(tokens).logits)
 
 
-@pytest.mark.parametrize("keys", [{}, {"n_kv_heads": 2, "tie_word_embeddings": True}, {"head_dim": 12, "attention_bias": True}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [{}, {"n_kv_heads": 2, "tie_word_embeddings": True}, {"head_dim": 12, "attention_bias": True}], ids=str
+)
 @torch.no_grad()
 def test_a_directory_that_transformers_saved(tmp_path: Path, keys: dict) -> None:
     model = peer(LLAMA3, **keys)
@@ -232,10 +263,14 @@ def test_packed_sequences_are_the_separate_ones() -> None:
             assert_near(packed[:, a:b], ours(tokens[:, a:b]), 2e-6)
         positions = torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0)
         assert torch.equal(packed, ours(tokens, cu_seqlens=bounds, positions=positions))
-        assert_near(packed, model(tokens, position_ids=positions, use_cache=False).logits)  # transformers packs by position_ids alone
+        assert_near(
+            packed, model(tokens, position_ids=positions, use_cache=False).logits
+        )  # transformers packs by position_ids alone
 
 
-@pytest.mark.parametrize("bounds", [[0], [0, 5], [0, 7], [1, 6], [0, 4, 3, 6], [0, 3, 3, 6], [0, 6, 6], [0, 3, 5]], ids=str)
+@pytest.mark.parametrize(
+    "bounds", [[0], [0, 5], [0, 7], [1, 6], [0, 4, 3, 6], [0, 3, 3, 6], [0, 6, 6], [0, 3, 5]], ids=str
+)
 def test_bounds_that_do_not_cut_the_row_are_errors(bounds: list[int]) -> None:
     model = Transformer(ModelArgs.from_dict(SIZES)).init_weights()
     with pytest.raises(ValueError, match=r"cu_seqlens .* do not cut one row of tokens \(1, 6\)"):
@@ -249,7 +284,9 @@ def test_bounds_that_do_not_cut_the_row_are_errors(bounds: list[int]) -> None:
 
 @pytest.mark.parametrize("chunk_rows", [None, 3, 1])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_loss_is_cross_entropy_of_the_logits(monkeypatch: pytest.MonkeyPatch, tied: bool, chunk_rows: int | None) -> None:
+def test_loss_is_cross_entropy_of_the_logits(
+    monkeypatch: pytest.MonkeyPatch, tied: bool, chunk_rows: int | None
+) -> None:
     if chunk_rows:
         monkeypatch.setattr(parallel_loss, "CHUNK_BYTES", 4 * SIZES["vocab_size"] * chunk_rows)
     model = carry(peer(n_kv_heads=2, tie_word_embeddings=tied))
@@ -257,7 +294,9 @@ def test_loss_is_cross_entropy_of_the_logits(monkeypatch: pytest.MonkeyPatch, ti
     labels = tokens.clone()
     labels[0, :4] = labels[1, 6:] = -100
     logits = model(tokens)
-    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+    expected = F.cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum"
+    )
     (3 * expected).backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
     model.zero_grad()
@@ -302,7 +341,14 @@ def test_unknown_keys_name_the_nearest() -> None:
         ModelArgs.from_dict({"dim": 64, "n_head": 4}, "mine.json")
     with pytest.raises(ValueError, match=r"unknown key ffn_dim_multiplyer: did you mean ffn_dim_multiplier\?"):
         ModelArgs.from_dict({"ffn_dim_multiplyer": 1.3})
-    published = {"dim": 64, "n_heads": 4, "max_batch_size": 8, "max_seq_len": 2048, "model_parallel_size": 8, "n_kv_heads": None}
+    published = {
+        "dim": 64,
+        "n_heads": 4,
+        "max_batch_size": 8,
+        "max_seq_len": 2048,
+        "model_parallel_size": 8,
+        "n_kv_heads": None,
+    }
     assert ModelArgs.from_dict(published) == ModelArgs(dim=64, n_heads=4)
     tuning = {"lora_rank": 8, "bias_tuning": True, "norm_tuning": True, "lora_targets": ["wq"]}
     assert ModelArgs.from_dict({"dim": 64, "n_heads": 4} | tuning) == ModelArgs(dim=64, n_heads=4)
@@ -339,7 +385,10 @@ def test_widths_of_published_feed_forwards() -> None:
 
 
 def test_later_files_win_key_by_key(tmp_path: Path) -> None:
-    for name, content in {"a": {"dim": 64, "n_heads": 4, "norm_eps": 1e-6}, "b": {"norm_eps": 1e-4, "dim": None, "lora_rank": 4}}.items():
+    for name, content in {
+        "a": {"dim": 64, "n_heads": 4, "norm_eps": 1e-6},
+        "b": {"norm_eps": 1e-4, "dim": None, "lora_rank": 4},
+    }.items():
         (tmp_path / name).write_text(json.dumps(content))
     args = ModelArgs.from_files([tmp_path / "a", tmp_path / "b"])
     assert (args.dim, args.n_heads, args.norm_eps) == (64, 4, 1e-4)

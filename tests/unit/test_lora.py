@@ -67,16 +67,30 @@ def test_7b_trains_19_988_480_by_peft_too_and_says_so() -> None:
     assert SIZES["llama2_7b"][1] == 19_988_480
     transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
     with torch.device("meta"):
-        theirs = transformers.LlamaForCausalLM(transformers.LlamaConfig(num_hidden_layers=2))  # the defaults are 7B's; two layers count the rest
+        theirs = transformers.LlamaForCausalLM(
+            transformers.LlamaConfig(num_hidden_layers=2)
+        )  # the defaults are 7B's; two layers count the rest
         theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=8, target_modules="all-linear"))
     assert sum(p.numel() for p in theirs.parameters() if p.requires_grad) * 32 // 2 == 19_988_480
 
     tuning = TuningArgs(lora_rank=8)
     model, _ = shaped("llama2_7b", tuning)
-    source = SimpleNamespace(names=lambda: [n for n, _ in model.named_parameters() if ".lora_" not in n], dtype=lambda name: torch.bfloat16)
+    source = SimpleNamespace(
+        names=lambda: [n for n, _ in model.named_parameters() if ".lora_" not in n], dtype=lambda name: torch.bfloat16
+    )
     examples = [Example(np.zeros(n, np.int32), 1) for n in (10, 30, 20)]
     data = type("Data", (list,), {"report": SimpleNamespace(tokens=60, supervised_tokens=57)})(examples)
-    figures = plan.plan(model, SimpleNamespace(source=source), tuning, ParallelArgs(), loop.LoopArgs(batch_size=2), optim.OptimArgs(), data, 10, 30)
+    figures = plan.plan(
+        model,
+        SimpleNamespace(source=source),
+        tuning,
+        ParallelArgs(),
+        loop.LoopArgs(batch_size=2),
+        optim.OptimArgs(),
+        data,
+        10,
+        30,
+    )
     text = "\n".join(plan.lines(figures))
     assert "19,988,480 (0.30%)" in text and figures["largest_micro_batch"] == 50
     frozen, trained = 6_738_415_616, 19_988_480
@@ -106,7 +120,10 @@ def test_one_ranks_slice_of_70b(mp: int, rank: int) -> None:
         model, _ = shaped("llama2_70b", TuningArgs(lora_rank=8))
         norms, d, r, kv = (2 * 80 + 1) * 8192, 8192, 8, max(1024 // mp, 128)
         linears = (2 * d * d + 3 * d * 28672) // mp + 2 * d * kv
-        assert sum(p.numel() for p in model.parameters() if not p.requires_grad) == norms + 2 * 32000 // mp * d + 80 * linears
+        assert (
+            sum(p.numel() for p in model.parameters() if not p.requires_grad)
+            == norms + 2 * 32000 // mp * d + 80 * linears
+        )
         column_a, column_b = 5 * r * d, r * (d // mp + 2 * kv + 2 * 28672 // mp)
         row_a, row_b = r * (d + 28672) // mp, 2 * r * d
         assert sum(p.numel() for _, p in trained_of(model)) == 80 * (column_a + column_b + row_a + row_b)
@@ -117,7 +134,9 @@ def test_sizes_at_which_70b_can_be_cut() -> None:
     args = ModelArgs.from_files([CONFIGS / "llama2_70b.json"])
     assert allowed_model_parallel_sizes(args) == [1, 2, 4, 8, 16, 32, 64]
     for size, message in {3: "n_heads is 64", 128: "n_heads is 64"}.items():
-        with pytest.raises(ValueError, match=rf"--model_parallel_size {size} but {message}: use 1, 2, 4, 8, 16, 32 or 64"):
+        with pytest.raises(
+            ValueError, match=rf"--model_parallel_size {size} but {message}: use 1, 2, 4, 8, 16, 32 or 64"
+        ):
             check_model_parallel(args, size)
     odd = ModelArgs(dim=48, n_heads=24, n_kv_heads=6, hidden_dim=72)
     assert allowed_model_parallel_sizes(odd) == [1, 2, 3, 6, 12, 24]
@@ -203,7 +222,9 @@ def test_a_starts_as_pefts_and_depends_on_seed_and_name_alone() -> None:
             continue
         bound = value.shape[1] ** -0.5  # kaiming_uniform_(a=sqrt(5)) over the inputs
         assert value.abs().max() <= bound and value.std() == pytest.approx(bound / 3**0.5, rel=0.1)
-        assert torch.equal(value, initial_value(model, name, seed=3)) and not torch.equal(value, initial_value(model, name, seed=4))
+        assert torch.equal(value, initial_value(model, name, seed=3)) and not torch.equal(
+            value, initial_value(model, name, seed=4)
+        )
     same_shape = [v for n, v in values.items() if n.endswith(("wq.lora_a.weight", "wk.lora_a.weight"))]
     assert len(same_shape) == 4 and not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
 
@@ -240,7 +261,14 @@ def test_cuts_and_addends_by_name() -> None:
 
 def names_of(tuning: TuningArgs, **keys) -> tuple[list[str], list[str]]:
     """(trained, all) parameter names of a model with 12 layers, on meta."""
-    params = {"dim": 8, "n_layers": 12, "n_heads": 2, "vocab_size": 10, "hidden_dim": 8, "tie_word_embeddings": False} | keys
+    params = {
+        "dim": 8,
+        "n_layers": 12,
+        "n_heads": 2,
+        "vocab_size": 10,
+        "hidden_dim": 8,
+        "tie_word_embeddings": False,
+    } | keys
     model = Transformer(ModelArgs.from_dict(params))
     add_tuning(model, tuning)
     names = mark_trainable(model, tuning)
@@ -261,7 +289,9 @@ def test_tuning_flags() -> None:
     lora = {f"layers.*.attention.{w}.lora_{x}.weight" for w in ("wq", "wv") for x in "ab"}
     some = {"lora_rank": 2, "lora_targets": ["wq", "wv"]}
     norms = {"layers.*.attention_norm.weight", "layers.*.ffn_norm.weight", "norm.weight"}
-    biases = {f"layers.*.attention.{w}.bias" for w in ALL[:3] + ["wo"]} | {f"layers.*.feed_forward.{w}.bias" for w in ("w1", "w2", "w3")}
+    biases = {f"layers.*.attention.{w}.bias" for w in ALL[:3] + ["wo"]} | {
+        f"layers.*.feed_forward.{w}.bias" for w in ("w1", "w2", "w3")
+    }
     assert kinds_of(TuningArgs(**some)) == lora
     assert kinds_of(TuningArgs(**some, norm_tuning=True)) == lora | norms
     assert kinds_of(TuningArgs(norm_tuning=True)) == norms
@@ -270,18 +300,33 @@ def test_tuning_flags() -> None:
     assert kinds_of(TuningArgs(bias_tuning=True), attention_bias=True, mlp_bias=True) == biases
     assert kinds_of(TuningArgs(**some, modules_to_save=["output"])) == lora | {"output.weight"}
     assert kinds_of(TuningArgs(modules_to_save=["tok_embeddings", "norm"])) == {"tok_embeddings.weight", "norm.weight"}
-    assert all(TuningArgs(**t).partly for t in (some, {"norm_tuning": True}, {"bias_tuning": True}, {"modules_to_save": ["norm"]}, {"trainable": ["!norm"]}))
+    assert all(
+        TuningArgs(**t).partly
+        for t in (
+            some,
+            {"norm_tuning": True},
+            {"bias_tuning": True},
+            {"modules_to_save": ["norm"]},
+            {"trainable": ["!norm"]},
+        )
+    )
 
 
 def test_a_tied_output_is_the_embedding() -> None:
     tied = kinds_of(TuningArgs(lora_rank=2, lora_targets=["wq"], modules_to_save=["output"]), tie_word_embeddings=True)
-    assert tied == {"tok_embeddings.weight", "layers.*.attention.wq.lora_a.weight", "layers.*.attention.wq.lora_b.weight"}
+    assert tied == {
+        "tok_embeddings.weight",
+        "layers.*.attention.wq.lora_a.weight",
+        "layers.*.attention.wq.lora_b.weight",
+    }
     model, _ = tuned(TuningArgs(lora_rank=2, modules_to_save=["output"]), tie_word_embeddings=True)
     mark_trainable(model, TuningArgs(lora_rank=2, modules_to_save=["output"]))
     tokens = tokens_of(1, 9)
     loss, _, _ = model(tokens, labels=tokens)
     loss.backward()
-    assert model.head is model.tok_embeddings.weight and model.head.grad.any(dim=1).all()  # as the head, every row learns
+    assert (
+        model.head is model.tok_embeddings.weight and model.head.grad.any(dim=1).all()
+    )  # as the head, every row learns
     assert all((p.grad is not None) == p.requires_grad for p in model.parameters())
 
 
@@ -291,13 +336,20 @@ def test_patterns() -> None:
 
     everything = names_of(TuningArgs())[1]
     assert trained("layers.1") == [n for n in everything if n.startswith("layers.1.")]  # not layers.10, layers.11
-    assert trained("attention.wq") == trained("wq") == trained("layers.*.attention.wq.weight") == [n for n in everything if ".wq." in n]
+    assert (
+        trained("attention.wq")
+        == trained("wq")
+        == trained("layers.*.attention.wq.weight")
+        == [n for n in everything if ".wq." in n]
+    )
     assert trained("norm") == ["norm.weight"]
     assert trained("*norm.weight") == [n for n in everything if "norm" in n]
     assert trained("layers.1?.*") == [n for n in everything if n.startswith(("layers.10.", "layers.11."))]
     assert trained("!layers.0") == [n for n in everything if not n.startswith("layers.0.")]
     assert trained("!tok_embeddings", "!output") == [n for n in everything if n.startswith(("layers", "norm"))]
-    assert trained("layers.0", "output", "!layers.0.attention") == [n for n in everything if n.startswith(("layers.0.f", "layers.0.attention_norm", "output"))]
+    assert trained("layers.0", "output", "!layers.0.attention") == [
+        n for n in everything if n.startswith(("layers.0.f", "layers.0.attention_norm", "output"))
+    ]
     lora = trained("!layers.0", lora_rank=2)
     assert len(lora) == 2 * 7 * 11 and not any(n.startswith("layers.0.") for n in lora)
     assert trained("norm", lora_rank=2) == ["norm.weight"]  # exactly the names given
@@ -324,7 +376,10 @@ def test_names_that_match_nothing_are_errors(flags: dict, message: str) -> None:
     [
         ({"lora_rank": -1}, "--lora_rank -1"),
         ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        ({"lora_rank": 4, "lora_targets": []}, "--lora_targets is empty with --lora_rank 4: name some of wq, wk, wv, w1, w3, wo, w2"),
+        (
+            {"lora_rank": 4, "lora_targets": []},
+            "--lora_targets is empty with --lora_rank 4: name some of wq, wk, wv, w1, w3, wo, w2",
+        ),
     ],
 )
 def test_terms_that_cannot_be_are_errors(flags: dict, message: str) -> None:

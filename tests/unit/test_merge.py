@@ -174,7 +174,7 @@ def test_an_adapter_remembers_its_base(tmp_path: Path, base: Path) -> None:
     assert set(checkpoint.source.names()) == set(open_checkpoint(base).source.names()) | set(adapter_tensors())
     os.rename(base, tmp_path / "moved")
     with pytest.raises(
-        ValueError, match=rf"adapter\.json: its base {base} is not there: say where it is with --pretrained_path"
+        ValueError, match=rf"adapter\.json: its base {base} is not there: say where it is with --base"
     ):
         open_checkpoint(adapter)
     assert len(open_checkpoint(adapter, base=tmp_path / "moved").source.names()) == len(checkpoint.source.names())
@@ -183,7 +183,7 @@ def test_an_adapter_remembers_its_base(tmp_path: Path, base: Path) -> None:
     with open(base / "consolidated.01.pth", "ab") as file:
         file.write(b"x")
     with pytest.raises(
-        ValueError, match=r"consolidated\.01\.pth: has \d+ bytes, not \d+, so it is not the base of .*--pretrained_path"
+        ValueError, match=r"consolidated\.01\.pth: has \d+ bytes, not \d+, so it is not the base of .*--base"
     ):
         open_checkpoint(adapter)
 

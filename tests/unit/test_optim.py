@@ -30,7 +30,9 @@ def reference(name: str, warmup: int, **options) -> np.ndarray:
     """The same 200 learning rates by transformers."""
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=3e-4)
-    schedule = transformers.get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=STEPS, scheduler_specific_kwargs=options)
+    schedule = transformers.get_scheduler(
+        name, optimizer, num_warmup_steps=warmup, num_training_steps=STEPS, scheduler_specific_kwargs=options
+    )
     rates = []
     for _ in range(STEPS):
         rates.append(schedule.get_last_lr()[0])
@@ -52,7 +54,9 @@ def reference(name: str, warmup: int, **options) -> np.ndarray:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_after_the_warm_up_schedules_are_those_of_transformers(ours: str, theirs: str, flags: dict, options: dict, warmup: int) -> None:
+def test_after_the_warm_up_schedules_are_those_of_transformers(
+    ours: str, theirs: str, flags: dict, options: dict, warmup: int
+) -> None:
     got, expected = curve(lr_scheduler=ours, warmup_steps=warmup, **flags), reference(theirs, warmup, **options)
     np.testing.assert_allclose(got[warmup:], expected[warmup:], rtol=1e-9, atol=1e-18)
 
@@ -67,13 +71,17 @@ def test_wsd_is_that_of_transformers(warmup: int) -> None:
 @pytest.mark.parametrize("name", optim.SCHEDULES)
 def test_every_schedule_warms_up_evenly_and_keeps_its_bounds(name: str) -> None:
     rates = curve(lr_scheduler=name, warmup_steps=9, min_lr=2e-5)
-    np.testing.assert_allclose(rates[:10], 3e-4 * np.arange(1, 11) / 10, rtol=1e-12)  # no step at 0, the peak right after
+    np.testing.assert_allclose(
+        rates[:10], 3e-4 * np.arange(1, 11) / 10, rtol=1e-12
+    )  # no step at 0, the peak right after
     assert rates[9:].min() >= 2e-5 * (1 - 1e-12) and rates.max() == 3e-4
     if name != "cosine_with_restarts":
         assert (np.diff(rates[9:]) <= 0).all()
     end = lr_at(STEPS, STEPS, OptimArgs(lr=3e-4, min_lr=3e-5, lr_scheduler=name))
     assert end == pytest.approx(3e-4 if name == "constant" else 3e-5, rel=1e-9)
-    assert lr_at(0, 1, OptimArgs(lr=3e-4, lr_scheduler=name, warmup_ratio=0.0)) == 3e-4  # a run of one step does something
+    assert (
+        lr_at(0, 1, OptimArgs(lr=3e-4, lr_scheduler=name, warmup_ratio=0.0)) == 3e-4
+    )  # a run of one step does something
     assert lr_at(4, 5, OptimArgs(lr=3e-4, lr_scheduler=name, warmup_steps=50)) == pytest.approx(3e-4 * 5 / 51)
 
 
@@ -125,7 +133,11 @@ def test_a_step_that_is_skipped_leaves_no_trace() -> None:
     frozen = ours[2].weight.clone()
     optimizer = optim.adamw(ours, args)
     matrices, rest = [theirs[0].weight], [theirs[0].bias, *theirs[1].parameters()]
-    plain = torch.optim.AdamW([{"params": matrices, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}], betas=(0.8, 0.9), fused=False)
+    plain = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.3}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.8, 0.9),
+        fused=False,
+    )
     generator = torch.Generator().manual_seed(1)
     for step, bad in enumerate([True, False, False, True, True, False, False]):
         lr = 1e-2 / (step + 1)
@@ -153,11 +165,20 @@ def test_a_step_that_is_skipped_leaves_no_trace() -> None:
 
 
 def test_only_matrices_decay() -> None:
-    model = Transformer(ModelArgs.from_dict({"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "hidden_dim": 16, "attention_bias": True})).init_weights()
+    model = Transformer(
+        ModelArgs.from_dict(
+            {"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "hidden_dim": 16, "attention_bias": True}
+        )
+    ).init_weights()
     names = {id(p): n for n, p in model.named_parameters()}
-    groups = {g["weight_decay"]: [names[id(p)] for p in g["params"]] for g in optim.adamw(model, OptimArgs(weight_decay=0.1)).param_groups}
+    groups = {
+        g["weight_decay"]: [names[id(p)] for p in g["params"]]
+        for g in optim.adamw(model, OptimArgs(weight_decay=0.1)).param_groups
+    }
     assert sorted(groups[0.1] + groups[0.0]) == sorted(names.values())
-    assert all("norm" in n or n.endswith(".bias") for n in groups[0.0]) and not any("norm" in n or "bias" in n for n in groups[0.1])
+    assert all("norm" in n or n.endswith(".bias") for n in groups[0.0]) and not any(
+        "norm" in n or "bias" in n for n in groups[0.1]
+    )
 
 
 # --- fp16's loss scale ------------------------------------------------------------------------------------------------
@@ -194,7 +215,9 @@ def test_other_precisions_have_none(precision: str) -> None:
 
 def train(tmp_path: Path, bad, steps: int, precision: str = "fp32") -> tuple[dict, TrainState]:
     """A tiny run whose loss is infinite where bad(number of the step). -> (weights, state)"""
-    model = Transformer(ModelArgs.from_dict({"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "hidden_dim": 16})).init_weights()
+    model = Transformer(
+        ModelArgs.from_dict({"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "hidden_dim": 16})
+    ).init_weights()
     sharder("fsdp", precision)(model)
     args = OptimArgs(lr=1e-2, lr_scheduler="constant", warmup_ratio=0.0)
     rules = GradientRules(model, 2, shard_dim, partial_grad, kv_copied)

@@ -8,7 +8,13 @@ import torch
 from accessory.model import rope
 from accessory.model.args import ModelArgs
 
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 LLAMA32 = LLAMA3 | {"factor": 32.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 SCALINGS = {
@@ -57,7 +63,9 @@ def test_ntk_is_dynamic_ntk_at_the_length_where_it_has_this_factor(factor: float
     expected, _ = reference(64, 10000.0, {"rope_type": "dynamic", "factor": factor - 1}, length=8192)
     torch.testing.assert_close(freqs, expected, rtol=5e-7, atol=0)
     assert warmth == 1.0
-    plain, _ = rope.frequencies(64, 10000.0, None)  # the point of it: the fastest pair is untouched, the slowest slowed by factor
+    plain, _ = rope.frequencies(
+        64, 10000.0, None
+    )  # the point of it: the fastest pair is untouched, the slowest slowed by factor
     assert freqs[0] == plain[0] and (plain[-1] / freqs[-1]).item() == pytest.approx(factor, rel=1e-5)
 
 
@@ -110,11 +118,17 @@ def test_it_turns_interleaved_pairs() -> None:
 @pytest.mark.parametrize(
     "scaling, message",
     [
-        ({"rope_type": "dynamic", "factor": 2.0}, "'dynamic' is not supported: known types are linear, ntk, llama3, yarn"),
+        (
+            {"rope_type": "dynamic", "factor": 2.0},
+            "'dynamic' is not supported: known types are linear, ntk, llama3, yarn",
+        ),
         ({"factor": 2.0}, "type None is not supported"),
         ({"rope_type": "linear"}, "linear: factor is missing"),
         ({"rope_type": "linear", "factor": None}, "factor None"),
-        ({"rope_type": "llama3", "factor": 8.0}, "high_freq_factor, low_freq_factor, original_max_position_embeddings is missing"),
+        (
+            {"rope_type": "llama3", "factor": 8.0},
+            "high_freq_factor, low_freq_factor, original_max_position_embeddings is missing",
+        ),
         ({"rope_type": "yarn", "factor": 8.0}, "original_max_position_embeddings is missing"),
         ({"rope_type": "linear", "factor": 0.0}, "factor 0.0 must be above 0"),
         ({"rope_type": "linear", "factor": 2.0, "short_factor": [1.0]}, "short_factor would change the positions"),
@@ -133,9 +147,17 @@ def test_spellings() -> None:
 
     assert scaling(rope_scaling={"type": "linear", "factor": 2.0}) == {"rope_type": "linear", "factor": 2.0}
     assert scaling(rope_scaling=0.5) == {"rope_type": "linear", "factor": 2.0}  # Accessory's: positions times a half
-    assert scaling(rope_scaling=1.0) is scaling(rope_scaling={"rope_type": "default"}) is scaling(rope_scaling=None) is scaling() is None
+    assert (
+        scaling(rope_scaling=1.0)
+        is scaling(rope_scaling={"rope_type": "default"})
+        is scaling(rope_scaling=None)
+        is scaling()
+        is None
+    )
     assert scaling(use_scaled_rope=True) == LLAMA3
-    assert scaling(use_scaled_rope=True, dim=2048, n_layers=16) == LLAMA32  # Llama 3.2 1B; its file does not tell the factor
+    assert (
+        scaling(use_scaled_rope=True, dim=2048, n_layers=16) == LLAMA32
+    )  # Llama 3.2 1B; its file does not tell the factor
     assert scaling(use_scaled_rope=True, dim=3072, n_layers=28) == LLAMA32
     assert scaling(use_scaled_rope=True, rope_scaling_factor=16)["factor"] == 16.0
     assert scaling(use_scaled_rope=False) is None

@@ -35,7 +35,12 @@ peft = pytest.importorskip("peft")
 
 STEPS = 20
 BOUND = 1e-4  # relative, of every loss of the curve
-HF_LINEARS = dict(zip(("wq", "wk", "wv", "wo", "w1", "w2", "w3"), ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")))
+HF_LINEARS = dict(
+    zip(
+        ("wq", "wk", "wv", "wo", "w1", "w2", "w3"),
+        ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"),
+    )
+)
 HF_MODULES = {"tok_embeddings": "embed_tokens", "output": "lm_head"}
 
 CASES: dict[str, dict[str, Any]] = {  # model: test_llama.peer's keys; tuning, optim, loop: the flags
@@ -64,7 +69,13 @@ CASES: dict[str, dict[str, Any]] = {  # model: test_llama.peer's keys; tuning, o
     },
     "LoRA, modules_to_save, norms, checkpointing": {
         "model": {"n_kv_heads": 1},
-        "tuning": {"lora_rank": 2, "lora_alpha": 4.0, "lora_targets": ["wk", "w2"], "modules_to_save": ["tok_embeddings", "output"], "norm_tuning": True},
+        "tuning": {
+            "lora_rank": 2,
+            "lora_alpha": 4.0,
+            "lora_targets": ["wk", "w2"],
+            "modules_to_save": ["tok_embeddings", "output"],
+            "norm_tuning": True,
+        },
         "optim": {"lr": 5e-3},
         "loop": {"batch_size": 1, "accum_iter": 6},
         "checkpointing": True,
@@ -116,15 +127,28 @@ def test_twenty_steps_are_those_of_transformers_and_peft(tmp_path: Path, case: d
             assert (value - theirs[name]).abs().max() <= 0.02 * moved, name
 
 
-def train_ours(tmp_path: Path, data: list[Example], tuning: TuningArgs, optim_args: optim.OptimArgs, loop_args: loop.LoopArgs, case: dict):
+def train_ours(
+    tmp_path: Path,
+    data: list[Example],
+    tuning: TuningArgs,
+    optim_args: optim.OptimArgs,
+    loop_args: loop.LoopArgs,
+    case: dict,
+):
     """-> (weights after, weights before, lines of metrics.jsonl). main_finetune's own steps, on one rank."""
-    parallel = ParallelArgs(precision="fp32", data_parallel=case.get("data_parallel", "fsdp"), checkpointing=case.get("checkpointing", False))
+    parallel = ParallelArgs(
+        precision="fp32",
+        data_parallel=case.get("data_parallel", "fsdp"),
+        checkpointing=case.get("checkpointing", False),
+    )
     checkpoint, args = open_pretrained(tmp_path / "hf")
     model = build(checkpoint, args, tuning)
     mark_trainable(model, tuning)
     materialise(model, checkpoint, parallel, loop_args.seed)
     optimizer = optim.adamw(model, optim_args)
-    rules = GradientRules(model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp")
+    rules = GradientRules(
+        model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
+    )
     start = weights_of(model)
     run_log, saved = log.RunLog(tmp_path, 0, False, None, STEPS), []
     state = loop.fit(
@@ -134,23 +158,54 @@ def train_ours(tmp_path: Path, data: list[Example], tuning: TuningArgs, optim_ar
     )  # fmt: skip
     run_log.close()
     assert state.step == STEPS and saved == [STEPS] and state.skipped_steps == 0
-    return weights_of(model), start, [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    return (
+        weights_of(model),
+        start,
+        [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()],
+    )
 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: gathered(p.detach()).clone() for n, p in model.named_parameters()}
 
 
-def train_theirs(base: Any, data: list[Example], tuning: TuningArgs, optim_args: optim.OptimArgs, loop_args: loop.LoopArgs, start: dict, case: dict):
+def train_theirs(
+    base: Any,
+    data: list[Example],
+    tuning: TuningArgs,
+    optim_args: optim.OptimArgs,
+    loop_args: loop.LoopArgs,
+    start: dict,
+    case: dict,
+):
     """-> (trained weights after, under our names; [{loss, lr, grad_norm}] of every step)."""
     model = tuned_peer(base, tuning, start, case)
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.ndim > 1], "weight_decay": optim_args.weight_decay}, {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=optim_args.lr, betas=tuple(optim_args.adam_betas), eps=optim_args.adam_eps, fused=False)
-    schedule = transformers.get_scheduler(optim_args.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=STEPS)
+    groups = [
+        {"params": [p for p in trained if p.ndim > 1], "weight_decay": optim_args.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=optim_args.lr,
+        betas=tuple(optim_args.adam_betas),
+        eps=optim_args.adam_eps,
+        fused=False,
+    )
+    schedule = transformers.get_scheduler(
+        optim_args.lr_scheduler, optimizer, num_warmup_steps=0, num_training_steps=STEPS
+    )
     curve, epoch = [], 0
     while len(curve) < STEPS:
-        order = train_windows(data, batch_size=loop_args.batch_size, accum_iter=loop_args.accum_iter, dp_rank=0, dp_size=1, seed=loop_args.seed, epoch=epoch)
+        order = train_windows(
+            data,
+            batch_size=loop_args.batch_size,
+            accum_iter=loop_args.accum_iter,
+            dp_rank=0,
+            dp_size=1,
+            seed=loop_args.seed,
+            epoch=epoch,
+        )
         for ids in [window.sample_ids for window in order][: STEPS - len(curve)]:
             micro = [ids[i : i + loop_args.batch_size] for i in range(0, len(ids), loop_args.batch_size)]
             targets = sum(max(len(data[i].ids) - max(data[i].prompt_len, 1), 0) for i in ids)
@@ -182,7 +237,16 @@ def tuned_peer(base: Any, tuning: TuningArgs, start: dict[str, torch.Tensor], ca
     targets = [HF_LINEARS[t] for t in tuning.lora_targets]
     alpha = tuning.lora_rank if tuning.lora_alpha is None else tuning.lora_alpha
     saved = [HF_MODULES[m] for m in tuning.modules_to_save]
-    model = peft.get_peft_model(base, peft.LoraConfig(r=tuning.lora_rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, modules_to_save=saved or None))
+    model = peft.get_peft_model(
+        base,
+        peft.LoraConfig(
+            r=tuning.lora_rank,
+            lora_alpha=alpha,
+            target_modules=targets,
+            lora_dropout=0.0,
+            modules_to_save=saved or None,
+        ),
+    )
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_A" in name:
@@ -209,7 +273,11 @@ def trained_weights(model: Any) -> dict[str, torch.Tensor]:
 def summed_loss(model: Any, chosen: list[Example]) -> torch.Tensor:
     """Cross-entropy of the answers' tokens, summed; rows padded on the right."""
     longest = max(len(e.ids) for e in chosen)
-    tokens, labels, mask = torch.zeros(len(chosen), longest, dtype=torch.long), torch.full((len(chosen), longest), -100), torch.zeros(len(chosen), longest)
+    tokens, labels, mask = (
+        torch.zeros(len(chosen), longest, dtype=torch.long),
+        torch.full((len(chosen), longest), -100),
+        torch.zeros(len(chosen), longest),
+    )
     for row, example in enumerate(chosen):
         ids, n = torch.from_numpy(example.ids.astype(np.int64)), len(example.ids)
         tokens[row, :n], mask[row, :n] = ids, 1
