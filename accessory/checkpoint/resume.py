@@ -159,7 +159,7 @@ def _make_room(run: Path, temporary: Path, needed: int) -> None:
     run.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(run).free
     if free < needed:
-        raise OSError(f"{run}: {free / 1e9:.2f} GB free, this checkpoint needs about {needed / 1e9:.2f}")
+        raise OSError(f"{run}: {free / 1e6:,.0f} MB free, this checkpoint needs about {needed / 1e6:,.0f}")
     (temporary / "resume").mkdir(parents=True, exist_ok=True)
 
 
@@ -176,7 +176,7 @@ def _readable(failed: BaseException, run: Path, final: Path) -> ValueError:
         failed = next(iter(failed.failures.values()))[0]
     reason = f"{failed}".strip().splitlines()[0] if f"{failed}".strip() else type(failed).__name__
     try:
-        free = f"{shutil.disk_usage(run).free / 1e9:.2f} GB free there; "
+        free = f"{shutil.disk_usage(run).free / 1e6:,.0f} MB free there; "
     except OSError:
         free = ""
     return ValueError(
