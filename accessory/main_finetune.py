@@ -11,7 +11,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 
@@ -133,61 +133,21 @@ def main(
         return
 
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
-    identity = export.BaseIdentity(checkpoint, expected)
-    only_trainable = tuning.partly if run.only_save_trainable is None else run.only_save_trainable
-    dtypes = {n: checkpoint.source.dtype(n) for n in checkpoint.source.names()}
-    terms = {
-        k: getattr(tuning, k)
-        for k in ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
-    }
-    terms["lora_alpha"] = tuning.scale * tuning.lora_rank
-
-    def write_weights(into: Path) -> list[Path]:
-        if only_trainable:
-            files = export.write_trained(
-                into, model, trained, terms | {"base": identity.record()}, args.to_dict(), state.step
-            )
-        else:
-            files = export.write_model(
-                into, model, args.to_dict() | (terms if tuning.lora_rank else {}), dtypes, run.embedding_dim
-            )
-        return files + (save_tokenizer(tokenizer, into) if groups.rank() == 0 else [])
-
-    def save(state: TrainState) -> None:
-        about = {
-            "base": identity.record(),
-            "tokenizer": tokenizer.fingerprint,
-            "metrics": state.metrics,
-            "trained": len(trained),
-        }
-        keep = state.best_step if run.keep_best else None
-        path = resume.save(
-            directory, state.step, model, optimizer, state.to_json(), write_weights, about, run.save_total_limit, keep
-        )
-        log.say(f"step {state.step}: saved {path}", groups.rank())
-
+    save = saver(run, model, optimizer, checkpoint, tokenizer, tuning, trained, expected)
+    prompts = read_prompts(run.sample_prompts)
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()
-    prompts = read_prompts(run.sample_prompts)
     run_log = log.RunLog(
         directory, groups.rank(), run.report_to == "tensorboard", state.step if resumed else None, max_steps
     )
     if groups.rank() == 0:
         write_config(directory, run, parallel, tuning, data, optimizer_args, loop_args, args)
-    evaluate = (
-        (
-            lambda: loop.evaluate(
-                model,
-                objectives.next_token,
-                val_set,
-                loop_args.eval_batch_size or loop_args.batch_size,
-                groups.rank() == 0,
-            )
-        )
-        if val_set
-        else None
-    )
+    eval_batch = loop_args.eval_batch_size or loop_args.batch_size
+
+    def evaluate() -> dict[str, float]:
+        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, show_progress=groups.rank() == 0)
+
     rules = GradientRules(
         model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
     )
@@ -195,12 +155,53 @@ def main(
         state = loop.fit(
             model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
             precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=data.num_workers, run_log=run_log,
-            evaluate=evaluate, sample=(lambda step: sample(model, tokenizer, prompts, step, run_log)) if prompts else None,
+            evaluate=evaluate if val_set else None, sample=(lambda step: sample(model, tokenizer, prompts, step, run_log)) if prompts else None,
             save_best=run.keep_best and val_set is not None, save=save,
         )  # fmt: skip
     finally:
         run_log.close()  # also ends the bar's line, so that an error stands on its own
-    say_end(state, max_steps, directory, only_trainable)
+    say_end(state, max_steps, directory, saves_adapter(run, tuning))
+
+
+def saves_adapter(run: RunArgs, tuning: TuningArgs) -> bool:
+    return tuning.partly if run.only_save_trainable is None else run.only_save_trainable
+
+
+def saver(
+    run: RunArgs,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Any,
+    tokenizer: Tokenizer,
+    tuning: TuningArgs,
+    trained: list[str],
+    expected_base: dict[str, Any] | None,
+) -> Callable[[TrainState], None]:
+    """The function that writes a checkpoint of this run: weights or adapter, tokenizer, exact state. Every rank calls it."""
+    identity = export.BaseIdentity(checkpoint, expected_base)
+    dtypes = {n: checkpoint.source.dtype(n) for n in checkpoint.source.names()}
+    kept = ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
+    terms = {k: getattr(tuning, k) for k in kept} | {"lora_alpha": tuning.scale * tuning.lora_rank}
+    params = model.args.to_dict()
+
+    def write_weights(into: Path, step: int) -> list[Path]:
+        if saves_adapter(run, tuning):
+            files = export.write_trained(into, model, trained, terms | {"base": identity.record()}, params, step)
+        else:
+            inside = params | (terms if tuning.lora_rank else {})
+            files = export.write_model(into, model, inside, dtypes, run.embedding_dim)
+        return files + (save_tokenizer(tokenizer, into) if groups.rank() == 0 else [])
+
+    def save(state: TrainState) -> None:
+        about = {"base": identity.record(), "tokenizer": tokenizer.fingerprint, "metrics": state.metrics}
+        path = resume.save(
+            Path(run.output_dir), state.step, model, optimizer, state.to_json(),
+            lambda into: write_weights(into, state.step), about,
+            run.save_total_limit, state.best_step if run.keep_best else None,
+        )  # fmt: skip
+        log.say(f"step {state.step}: saved {path}", groups.rank())
+
+    return save
 
 
 def find_start(run: RunArgs, directory: Path) -> Path | None:

@@ -14,7 +14,8 @@ data_config=${data_config:-exps/data/quickstart.yaml}      # 260 instructions to
 question=${question:-What gives Mars its well-known reddish colour?}   # asked before and after; it is one of the held-out ones
 max_steps=${max_steps:-25}                                 # three quarters of a pass over the data
 more_steps=${more_steps:-3}                                # then resumed for so many
-batch_size=${batch_size:-8}                                # sequences a step
+batch_size=${batch_size:-4}                                # sequences in memory at once
+accum_iter=${accum_iter:-2}                                # 4 x 2 = 8 a step; 8 x 1 learns the very same and takes 1.5 GB more
 max_seq_len=${max_seq_len:-256}                            # tokens; the longest example has fewer
 lr=${lr:-1e-3}                                             # high: a small model and few steps
 
@@ -22,7 +23,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source exps/setup_env.sh run
 if [ "${SMOKE:-0}" = 1 ]; then                             # other values for the same variables, nothing else
   smoke work=output/smoke/quickstart pretrained_path=output/smoke/tiny data_config=output/smoke/tiny/data.yaml \
-    question="What colour is grass?" max_steps=4 more_steps=0 batch_size=4 lr=1e-2
+    question="What colour is grass?" max_steps=4 more_steps=0 batch_size=4 accum_iter=1 lr=1e-2
   [ -d output/smoke/tiny ] || "$python" tools/make_tiny.py --dst output/smoke/tiny --model_parallel_size 2
 fi
 total_steps=$((max_steps + more_steps))
@@ -60,7 +61,7 @@ fi
 
 finetune() {                                               # finetune STEPS: the very script for a 7B, with these variables
   SMOKE=0 pretrained_path=$pretrained_path data_config=$data_config output_dir=$work/run max_steps=$1 \
-    nproc_per_node=1 model_parallel=1 precision=fp32 checkpointing=false batch_size=$batch_size accum_iter=1 \
+    nproc_per_node=1 model_parallel=1 precision=fp32 checkpointing=false batch_size=$batch_size accum_iter=$accum_iter \
     max_seq_len=$max_seq_len lr=$lr lora_dropout=0 warmup_ratio=0.1 save_steps=10 eval_steps=1000000 \
     bash exps/finetune_lora_7b.sh --sample_prompts "$question" --keep_best false
 }

@@ -50,14 +50,15 @@ def new_directory(dst: str | Path) -> Iterator[Path]:
     try:
         yield directory
         for path in [*directory.iterdir(), directory]:
-            _sync(path)
+            sync(path)
         os.replace(directory, dst)
-        _sync(dst.parent)
+        sync(dst.parent)
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Forces a file, or a directory's entries, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

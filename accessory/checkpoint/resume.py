@@ -30,6 +30,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from accessory.checkpoint.formats_read import file_sha256
+from accessory.checkpoint.formats_write import sync
 from accessory.model.llama import shard_dim
 from accessory.parallel import groups
 
@@ -188,29 +189,21 @@ def _publish(run: Path, temporary: Path, final: Path, manifest: dict[str, Any]) 
     part = temporary / MANIFEST
     part.write_text(json.dumps(manifest | {"sha256": _digest(manifest)}, indent=1, sort_keys=True))
     _seal(part)
-    _sync(temporary / "resume")
-    _sync(temporary)
+    sync(temporary / "resume")
+    sync(temporary)
     if final.exists():  # an unbroken rerun of the same step: the new one takes its place
         os.replace(final, run / f".trash-{uuid.uuid4().hex[:8]}")
     os.replace(temporary, final)
-    _sync(run)
+    sync(run)
     link = run / f".latest-{uuid.uuid4().hex[:8]}"
     link.symlink_to(final.name)
     os.replace(link, run / "latest")
-    _sync(run)
+    sync(run)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
     """Of the manifest itself, so that a flipped bit in it is its own fault and not that of a file it lists."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-
-
-def _sync(directory: Path) -> None:
-    handle = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def retire(run: Path, keep_last: int | None, keep_step: int | None) -> None:
