@@ -23,7 +23,7 @@ from accessory.data.sft import DataArgs, SFTDataset, load_sft
 from accessory.data.templates import encode_prompt, prompt
 from accessory.generation.engine import generate
 from accessory.model import Transformer, shard_dim
-from accessory.model.args import ModelArgs, read_params, tuning_keys
+from accessory.model.args import TUNING_KEYS, ModelArgs, read_params, tuning_keys
 from accessory.model.llama import kv_copied
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad
 from accessory.model.pretrained import build, fill, open_pretrained
@@ -104,9 +104,7 @@ def main(
     trained = mark_trainable(model, tuning)
     windows = windows_per_epoch(len(train_set), loop_args.batch_size, loop_args.accum_iter, groups.dp_size())
     max_steps = loop_args.total_steps(windows)
-    figures = plan.plan(
-        model, checkpoint, tuning, parallel, loop_args, optimizer_args, train_set, max_steps, data.max_seq_len
-    )
+    figures = plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)
     for line in plan.lines(figures):
         log.say(line, groups.rank())
     if run.dry_run:
@@ -180,8 +178,7 @@ def saver(
     """The function that writes a checkpoint of this run: weights or adapter, tokenizer, exact state. Every rank calls it."""
     identity = export.BaseIdentity(checkpoint, expected_base)
     dtypes = {n: checkpoint.source.dtype(n) for n in checkpoint.source.names()}
-    kept = ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
-    terms = {k: getattr(tuning, k) for k in kept} | {"lora_alpha": tuning.scale * tuning.lora_rank}
+    terms = {k: getattr(tuning, k) for k in TUNING_KEYS} | {"lora_alpha": tuning.scale * tuning.lora_rank}
     params = model.args.to_dict()
 
     def write_weights(into: Path, step: int) -> list[Path]:
@@ -207,7 +204,7 @@ def saver(
 def find_start(run: RunArgs, directory: Path) -> Path | None:
     """The checkpoint to continue from, None to start. Raises ValueError when output_dir holds a run that nobody asked about."""
     if run.resume is not None and not run.overwrite_output_dir:
-        found, passed_over = resume.find(directory, run.resume)
+        found, passed_over = groups.from_first_rank(lambda: resume.find(directory, run.resume))  # it hashes every file
         for wrong in passed_over:
             log.say(f"--resume auto: passed over a damaged checkpoint: {wrong}", groups.rank())
         return found
@@ -278,9 +275,8 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
 
     def after_block(layer: torch.nn.Module) -> None:
         layer.checkpointing = parallel.checkpointing
-        if (
-            parallel.compile
-        ):  # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
+        if parallel.compile:
+            # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
             layer.compute = torch.compile(layer.compute)
         shard(layer)
 

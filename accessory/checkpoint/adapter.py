@@ -18,19 +18,11 @@ from torch import Tensor
 from accessory.checkpoint.formats import ADAPTER_CONFIG, ADAPTER_FILE, Checkpoint, open_checkpoint
 from accessory.checkpoint.formats_read import SafetensorsFiles, file_sha256, read_json
 from accessory.checkpoint.formats_write import save_safetensors
+from accessory.model.args import TUNING_KEYS
 from accessory.weights import Source, is_lora, owned_slice
 
 FORMAT_VERSION = 1
-KEYS = (
-    "lora_rank",
-    "lora_alpha",
-    "lora_dropout",
-    "lora_targets",
-    "modules_to_save",
-    "bias_tuning",
-    "norm_tuning",
-    "base",
-)
+KEYS = (*TUNING_KEYS, "base")
 
 
 def base_record(checkpoint: Checkpoint, hashes: bool = True, show_progress: bool = False) -> dict[str, Any]:

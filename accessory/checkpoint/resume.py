@@ -67,7 +67,7 @@ def as_global(name: str, tensor: DTensor) -> DTensor:
 
 def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, DTensor], float]:
     """({key: view of every trained parameter and its moments}, AdamW's own step). Makes moments that are not there yet."""
-    state, steps = {}, 0.0
+    state, step = {}, torch.zeros(())
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -75,11 +75,11 @@ def trained_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[d
         if not moments:
             moments["step"] = torch.zeros((), dtype=torch.float32, device=parameter.to_local().device)
             moments["exp_avg"], moments["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
-        steps = moments["step"].item()
+        step = moments["step"]  # the same for all
         state[name] = as_global(name, parameter.detach())
         for key in ("exp_avg", "exp_avg_sq"):
             state[f"{name}/{key}"] = as_global(name, moments[key].detach())
-    return state, steps
+    return state, step.item()
 
 
 def save(
@@ -107,12 +107,7 @@ def save(
         error, result = None, None
         try:
             result = part()
-        except (
-            OSError,
-            RuntimeError,
-            ValueError,
-            CheckpointException,
-        ) as failed:  # the last derives from BaseException
+        except (OSError, RuntimeError, ValueError, CheckpointException) as failed:  # the last is a BaseException
             error = _readable(failed, run, final)
         try:
             groups.together(error)

@@ -12,6 +12,7 @@ import contextlib
 import io
 import os
 from datetime import timedelta
+from typing import Any, Callable
 
 import fairscale.nn.model_parallel.initialize as fairscale_groups
 import torch
@@ -185,6 +186,21 @@ def gather_over_mp(tensor: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(mp_size())]
     dist.all_gather(parts, tensor.contiguous(), group=mp_group())
     return parts
+
+
+def from_first_rank(work: Callable[[], Any]) -> Any:
+    """What `work()` gives on rank 0, on every rank: for reading that once is enough. Every rank calls it; a ValueError or
+    OSError of rank 0 is raised on all, as a ValueError with the same text."""
+    result, error = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except (OSError, ValueError) as failed:
+            error = str(failed)
+    result, error = broadcast_object((result, error))
+    if error is not None:
+        raise ValueError(error)
+    return result
 
 
 def barrier() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from accessory.model.llama import Transformer, global_shape
-from accessory.model.lora import TuningArgs
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.loss import CHUNK_BYTES
@@ -25,13 +24,11 @@ SAVED_PER_TOKEN = (4, 4, 4)  # what a layer keeps a token: D replicated (inputs,
 def plan(
     model: Transformer,
     checkpoint: Any,
-    tuning: TuningArgs,
     parallel: ParallelArgs,
     loop_args: Any,
     optim_args: Any,
     train_set: Any,
     max_steps: int,
-    max_seq_len: int,
 ) -> dict[str, Any]:
     """The figures, from the empty model. Bytes in 10^9 (GB). No weights are read."""
     dp = 1 if parallel.data_parallel == "ddp" else groups.dp_size()
@@ -41,7 +38,7 @@ def plan(
     tokens = sum(longest)
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
-    trained_count, frozen_count = (sum(p.numel() for _, p in ps) for ps in (trained, frozen))
+    trained_count = sum(p.numel() for _, p in trained)
     frozen_bytes = sum(p.numel() * (checkpoint.source.dtype(n).itemsize if n in known else 4) for n, p in frozen)
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
@@ -58,11 +55,11 @@ def plan(
     totals = whole_counts(model, trained)
     report = train_set.report
     return {
-        "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]), "lora_rank": tuning.lora_rank,
+        "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]),
         "mp": groups.mp_size(), "dp": groups.dp_size(), "data_parallel": parallel.data_parallel, "precision": parallel.precision,
         "gigabytes": {k: v / 1e9 for k, v in gigabytes.items()}, "steps": max_steps, "warmup": optim_args.warmup(max_steps),
         "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size(), "largest_micro_batch": tokens,
-        "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens, "max_seq_len": max_seq_len,
+        "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens,
     }  # fmt: skip
 
 

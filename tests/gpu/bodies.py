@@ -145,7 +145,7 @@ def train(
     checkpoint, args = random_checkpoint(sizes, dtype, draw_on or where)
     model = build(checkpoint, args, tuning_args)
     mark_trainable(model, tuning_args)
-    figures = plan.plan(model, checkpoint, tuning_args, parallel, loop_args, optim_args, data, steps, 4096)
+    figures = plan.plan(model, checkpoint, parallel, loop_args, optim_args, data, steps)
     materialise(model, checkpoint, parallel, 0)
     optimizer = optim.adamw(model, optim_args)
     rules = GradientRules(

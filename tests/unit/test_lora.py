@@ -83,13 +83,11 @@ def test_7b_trains_19_988_480_by_peft_too_and_says_so() -> None:
     figures = plan.plan(
         model,
         SimpleNamespace(source=source),
-        tuning,
         ParallelArgs(),
         loop.LoopArgs(batch_size=2),
         optim.OptimArgs(),
         data,
         10,
-        30,
     )
     text = "\n".join(plan.lines(figures))
     assert "19,988,480 (0.30%)" in text and figures["largest_micro_batch"] == 50
