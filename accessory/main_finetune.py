@@ -18,7 +18,7 @@ import torch
 from accessory import config, log
 from accessory.checkpoint import export, resume
 from accessory.config import flag
-from accessory.data.loader import windows_per_epoch
+from accessory.data.loader import micro_batches, windows_per_epoch
 from accessory.data.sft import DataArgs, SFTDataset, load_sft
 from accessory.data.templates import encode_prompt, prompt
 from accessory.generation.engine import generate
@@ -93,6 +93,8 @@ def main(
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
     directory = Path(run.output_dir)
     resumed = find_start(run, directory) if not run.dry_run else None
+    if resumed is not None:
+        loop_args = with_saved_batch(loop_args, resumed)
     checkpoint, args = open_pretrained(run.pretrained_path, run.pretrained_type, run.llama_config)
     tuning = with_config_keys(tuning, run.llama_config)
     check_carried(run, checkpoint, tuning)
@@ -102,7 +104,7 @@ def main(
 
     model = build(checkpoint, args, tuning)
     trained = mark_trainable(model, tuning)
-    windows = windows_per_epoch(len(train_set), loop_args.batch_size, loop_args.accum_iter, groups.dp_size())
+    windows = windows_per_epoch(len(train_set), loop_args.sequences_per_step(groups.dp_size()))
     max_steps = loop_args.total_steps(windows)
     figures = plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)
     for line in plan.lines(figures):
@@ -118,7 +120,7 @@ def main(
     position = {
         "fingerprint": train_set.fingerprint,
         "seed": loop_args.seed,
-        "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size(),
+        "sequences_per_step": loop_args.sequences_per_step(groups.dp_size()),
     }
     if resumed is not None:
         state = continue_from(resumed, model, optimizer, position)
@@ -216,6 +218,22 @@ def find_start(run: RunArgs, directory: Path) -> Path | None:
     return None
 
 
+def with_saved_batch(args: loop.LoopArgs, resumed: Path) -> loop.LoopArgs:
+    """On another number of data-parallel ranks a run goes on with the batch it had: the same sequences in every step, cut
+    into more or fewer micro batches. Flags that ask for another batch are left for `continue_from` to refuse."""
+    then = json.loads((resumed / resume.MANIFEST).read_text())["dp"]
+    saved = json.loads((resumed / "resume" / resume.STATE).read_text())["data"].get("sequences_per_step")
+    now = groups.dp_size()
+    if saved is None or then == now or args.global_batch_size is not None or args.sequences_per_step(now) == saved:
+        return args
+    count = micro_batches(saved, args.batch_size, now)
+    log.say(
+        f"{now} data-parallel rank(s), {then} when it was saved: the same {saved} sequences a step in {count} micro batch(es)",
+        groups.rank(),
+    )
+    return dataclasses.replace(args, global_batch_size=saved)
+
+
 def with_config_keys(tuning: TuningArgs, files: list[str]) -> TuningArgs:
     """Tuning keys in --llama_config files are the flags' defaults; a flag that was written out wins."""
     keys = {k: v for k, v in tuning_keys(read_params(files)).items() if k not in tuning.given}
@@ -294,7 +312,7 @@ def continue_from(
     for key, name in (
         ("fingerprint", "the training data, tokenizer or data flags"),
         ("seed", "--seed"),
-        ("sequences_per_step", "--batch_size x --accum_iter x data-parallel ranks"),
+        ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
     ):
         if state.data.get(key) != position[key]:
             raise ValueError(

@@ -1,12 +1,12 @@
 """Batches in an order that is a pure function of (seed, epoch, position): nothing here depends on what ran before.
 
     one epoch   perm = a permutation of the examples drawn from (seed, epoch)
-    window w    perm[w*G : (w+1)*G], G = batch_size * accum_iter * dp_size: one optimizer step; the last may be short
+    window w    perm[w*G : (w+1)*G], G = sequences_per_step: one optimizer step; the last of an epoch may be short
                 | micro batch 0: rank 0 | rank 1 | ... | micro batch 1: rank 0 | rank 1 | ... |
                   each cell `batch_size` examples; an empty cell is a filler sequence without labels
 
-So every rank gets `accum_iter` micro batches of every window (collectives meet), each example comes exactly once an
-epoch, and which examples a step sees does not depend on how G is divided into its three factors.
+So every rank gets ceil(G / (batch_size * dp_size)) micro batches of every window (collectives meet), each example comes
+exactly once an epoch, and which examples a step sees does not depend on the number of ranks or on batch_size.
 
 Padding-free: a micro batch is its sequences one after the other, with positions from 0 in each and their edges in
 `cu_seqlens`. Legend: N tokens of a micro batch, S sequences in it. Ranks arrive as integers; tensors are on the CPU.
@@ -38,22 +38,27 @@ class Batch(NamedTuple):
 class Window(NamedTuple):
     """One optimizer step's data. The two counts are of all ranks and micro batches, without fillers."""
 
-    micro_batches: list[Batch]  # this rank's, always accum_iter of them
+    micro_batches: list[Batch]  # this rank's, equally many in every window and on every rank
     num_tokens: int  # targets: what the summed loss is divided by
     num_all_tokens: int
     sample_ids: list[int]  # this rank's items of the data set, in their order
 
 
-def windows_per_epoch(n: int, batch_size: int, accum_iter: int, dp_size: int) -> int:
+def windows_per_epoch(n: int, sequences_per_step: int) -> int:
     """Optimizer steps in an epoch over n examples, the last short one counted."""
-    return -(-n // (batch_size * accum_iter * dp_size))
+    return -(-n // sequences_per_step)
+
+
+def micro_batches(sequences_per_step: int, batch_size: int, dp_size: int) -> int:
+    """Micro batches of one rank in an optimizer step. The last need not be full."""
+    return -(-sequences_per_step // (batch_size * dp_size))
 
 
 def train_windows(
     dataset: Sequence[Example],
     *,
     batch_size: int,
-    accum_iter: int,
+    sequences_per_step: int,
     dp_rank: int,
     dp_size: int,
     seed: int,
@@ -64,15 +69,17 @@ def train_windows(
     """The windows of one epoch for one dp rank, from `start_window` on (a resumed run names the next one).
 
     `num_workers` threads prepare windows ahead; they change nothing but the speed."""
-    assert 0 <= dp_rank < dp_size and batch_size > 0 and accum_iter > 0, (dp_rank, dp_size, batch_size, accum_iter)
-    total = windows_per_epoch(len(dataset), batch_size, accum_iter, dp_size)
+    assert 0 <= dp_rank < dp_size and batch_size > 0 < sequences_per_step, (dp_rank, dp_size, batch_size)
+    total, count = (
+        windows_per_epoch(len(dataset), sequences_per_step),
+        micro_batches(sequences_per_step, batch_size, dp_size),
+    )
     assert 0 <= start_window <= total, (start_window, total)
     perm = rng(seed, epoch).permutation(len(dataset))
-    group = batch_size * accum_iter * dp_size
 
     def window(w: int) -> Window:
-        ids = perm[w * group : (w + 1) * group].tolist()
-        cells = [cell(ids, m * dp_size + dp_rank, batch_size) for m in range(accum_iter)]
+        ids = perm[w * sequences_per_step : (w + 1) * sequences_per_step].tolist()
+        cells = [cell(ids, m * dp_size + dp_rank, batch_size) for m in range(count)]
         examples = [dataset[i] for i in ids]
         return Window(
             micro_batches=[collate([dataset[i] for i in c] or [FILLER]) for c in cells],
@@ -88,7 +95,7 @@ def eval_batches(dataset: Sequence[Example], *, eval_batch_size: int, dp_rank: i
     """Every example exactly once over all ranks, in the data set's order; equally many batches on each (fillers)."""
     assert 0 <= dp_rank < dp_size and eval_batch_size > 0, (dp_rank, dp_size, eval_batch_size)
     ids = list(range(len(dataset)))
-    for step in range(windows_per_epoch(len(ids), eval_batch_size, 1, dp_size)):
+    for step in range(windows_per_epoch(len(ids), eval_batch_size * dp_size)):
         chosen = cell(ids, step * dp_size + dp_rank, eval_batch_size)
         yield collate([dataset[i] for i in chosen] or [FILLER])
 

@@ -34,6 +34,10 @@ class LoopArgs:
     batch_size: int = flag(4, "sequences per data-parallel rank in one micro batch")
     eval_batch_size: int | None = flag(None, "the same for validation; none: batch_size")
     accum_iter: int = flag(1, "micro batches per optimizer step")
+    global_batch_size: int | None = flag(
+        None,
+        "sequences per optimizer step over all ranks; wins over accum_iter. none: batch_size x accum_iter x data-parallel ranks",
+    )
     epochs: int = flag(3, "passes over the training data")
     max_steps: int | None = flag(None, "optimizer steps, instead of epochs")
     logging_steps: int = flag(1, "a metrics.jsonl line every so many steps")
@@ -53,11 +57,14 @@ class LoopArgs:
         for name in ("batch_size", "accum_iter", "epochs", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("eval_batch_size", "max_steps"):
+        for name in ("eval_batch_size", "max_steps", "global_batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more, or none")
         if self.eval_steps < 0 or self.save_steps < 0:
             raise ValueError("--eval_steps and --save_steps cannot be negative")
+
+    def sequences_per_step(self, dp_size: int) -> int:
+        return self.global_batch_size or self.batch_size * self.accum_iter * dp_size
 
     def total_steps(self, windows: int) -> int:
         return self.max_steps if self.max_steps is not None else self.epochs * windows
@@ -106,7 +113,8 @@ def fit(
     Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite gradient. Returns the state reached; it is
     short of the last step only after SIGTERM or SIGINT, and saved."""
     device, dp_size = groups.device(), groups.dp_size()
-    windows = windows_per_epoch(len(train_set), args.batch_size, args.accum_iter, dp_size)
+    per_step = args.sequences_per_step(dp_size)
+    windows = windows_per_epoch(len(train_set), per_step)
     max_steps = args.total_steps(windows)
     eval_every, save_every = every(args.eval_steps, max_steps, windows), every(args.save_steps, max_steps, windows)
     scale, in_a_row = optim.LossScale(precision, device), torch.zeros((), device=device)
@@ -171,7 +179,7 @@ def fit(
     stop = False
     while state.step < max_steps and not stop:
         stream = train_windows(
-            train_set, batch_size=args.batch_size, accum_iter=args.accum_iter, dp_rank=groups.dp_rank(), dp_size=dp_size,
+            train_set, batch_size=args.batch_size, sequences_per_step=per_step, dp_rank=groups.dp_rank(), dp_size=dp_size,
             seed=args.seed, epoch=state.epoch, start_window=state.window, num_workers=num_workers,
         )  # fmt: skip
         for window in stream:

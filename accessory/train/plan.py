@@ -58,7 +58,7 @@ def plan(
         "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]),
         "mp": groups.mp_size(), "dp": groups.dp_size(), "data_parallel": parallel.data_parallel, "precision": parallel.precision,
         "gigabytes": {k: v / 1e9 for k, v in gigabytes.items()}, "steps": max_steps, "warmup": optim_args.warmup(max_steps),
-        "sequences_per_step": loop_args.batch_size * loop_args.accum_iter * groups.dp_size(), "largest_micro_batch": tokens,
+        "sequences_per_step": loop_args.sequences_per_step(groups.dp_size()), "largest_micro_batch": tokens,
         "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens,
     }  # fmt: skip
 

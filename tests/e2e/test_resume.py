@@ -95,7 +95,7 @@ def every_sample_once(
     train_set, _ = load_sft(
         DataArgs(data_config=str(data), max_seq_len=256, num_workers=0), Tokenizer.open(checkpoint), SEED
     )
-    windows = windows_per_epoch(len(train_set), batch_size, accum_iter, dp)
+    windows = windows_per_epoch(len(train_set), batch_size * accum_iter * dp)
     assert windows > 1 and len(train_set) % (batch_size * accum_iter * dp), (
         "the last window of an epoch is to be a short one"
     )
@@ -106,7 +106,7 @@ def every_sample_once(
                 train_windows(
                     train_set,
                     batch_size=batch_size,
-                    accum_iter=accum_iter,
+                    sequences_per_step=batch_size * accum_iter * dp,
                     dp_rank=r,
                     dp_size=dp,
                     seed=SEED,

@@ -1,12 +1,22 @@
 """Batches: every example once, on any layout; counts that are the labels'; the same order from any starting point."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 import torch
 
-from accessory.data.loader import Batch, Window, collate, eval_batches, train_windows, windows_per_epoch
+from accessory.data.loader import (
+    Batch,
+    Window,
+    collate,
+    eval_batches,
+    micro_batches,
+    num_targets,
+    train_windows,
+    windows_per_epoch,
+)
 from accessory.data.sft import Example
 
 FROZEN = [14, 17, 29, 44, 10, 48, 40, 4]
@@ -23,8 +33,8 @@ def make_dataset(n: int, seed: int = 0) -> list[Example]:
 
 def windows(dataset: list[Example], layout: tuple[int, int, int], rank: int = 0, **options) -> list[Window]:
     batch_size, accum_iter, dp_size = layout
-    keys = {"batch_size": batch_size, "accum_iter": accum_iter, "dp_size": dp_size, "dp_rank": rank}
-    return list(train_windows(dataset, **keys, **{"seed": 5, "epoch": 0, **options}))
+    keys = {"batch_size": batch_size, "sequences_per_step": math.prod(layout), "dp_size": dp_size, "dp_rank": rank}
+    return list(train_windows(dataset, **{**keys, "seed": 5, "epoch": 0, **options}))
 
 
 def sequences(batch: Batch) -> list[torch.Tensor]:
@@ -72,7 +82,7 @@ def test_collate_any_examples() -> None:
 def test_every_example_once_an_epoch(layout: tuple[int, int, int], n: int) -> None:
     dataset, (batch_size, accum_iter, dp_size) = make_dataset(n), layout
     ranks = [windows(dataset, layout, rank) for rank in range(dp_size)]
-    total = windows_per_epoch(n, *layout)
+    total = windows_per_epoch(n, math.prod(layout))
     assert total == -(-n // (batch_size * accum_iter * dp_size)) == len(ranks[0])
     seen = []
     for w in itertools.chain(*ranks):
@@ -99,6 +109,19 @@ def test_a_window_is_the_same_set_on_every_layout_of_its_size() -> None:
         ranks = [windows(dataset, layout, rank) for rank in range(layout[2])]
         seen.append([sorted(i for w in same for i in w.sample_ids) for same in zip(*ranks, strict=True)])
     assert all(s == seen[0] for s in seen) and [len(s) for s in seen[0]] == [12, 12, 12, 7]
+
+
+@pytest.mark.parametrize("batch_size, dp_size", [(1, 3), (3, 1), (2, 3), (5, 1), (1, 5), (4, 4), (64, 1)])
+def test_a_window_is_the_same_where_ranks_and_batches_do_not_divide_it(batch_size: int, dp_size: int) -> None:
+    dataset = make_dataset(43)
+    expected = [w.sample_ids for w in windows(dataset, (1, 12, 1))]
+    ranks = [windows(dataset, (batch_size, 1, dp_size), rank, sequences_per_step=12) for rank in range(dp_size)]
+    count = micro_batches(12, batch_size, dp_size)
+    assert (count - 1) * batch_size * dp_size < 12 <= count * batch_size * dp_size
+    for same, ids in zip(zip(*ranks, strict=True), expected, strict=True):
+        cells = [sample_ids(w.micro_batches[m]) for m in range(count) for w in same]  # in the window's order
+        assert sum(cells, []) == ids and all(len(w.micro_batches) == count for w in same)
+        assert {w.num_tokens for w in same} == {sum(num_targets(dataset[i]) for i in ids)}
 
 
 def test_the_place_of_each_example_is_the_published_formula() -> None:

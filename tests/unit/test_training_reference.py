@@ -200,7 +200,7 @@ def train_theirs(
         order = train_windows(
             data,
             batch_size=loop_args.batch_size,
-            accum_iter=loop_args.accum_iter,
+            sequences_per_step=loop_args.sequences_per_step(1),
             dp_rank=0,
             dp_size=1,
             seed=loop_args.seed,

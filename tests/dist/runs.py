@@ -1,0 +1,210 @@
+"""A tiny training run made of the library's own pieces, for tests that run it at many layouts: call inside `run_ranks`.
+
+Case(mp=2, dp=2, tuning="lora", ...) -> prepare -> Run: model, optimizer, rules
+                                     -> train(run, steps): loop.fit with a log that keeps its lines
+"""
+
+import contextlib
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from accessory.checkpoint import export
+from accessory.data.sft import Example
+from accessory.main_finetune import materialise
+from accessory.model import ModelArgs, Transformer, shard_dim
+from accessory.model.llama import kv_copied
+from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad
+from accessory.model.pretrained import build
+from accessory.parallel import groups
+from accessory.parallel.fsdp import ParallelArgs, local
+from accessory.parallel.grads import GradientRules
+from accessory.train import loop, objectives, optim
+from accessory.train.state import TrainState
+from accessory.weights import TensorSource
+from tests.helpers import random_weights, tiny_args
+
+GROUP = 8  # sequences of an optimizer step, however they are divided
+EXAMPLES = 19  # so that the third window of an epoch is short
+OPTIM = optim.OptimArgs(lr=1e-3, lr_scheduler="cosine", warmup_steps=1, clip_grad=0.5, weight_decay=0.1)
+TUNINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora_rank": 4, "lora_alpha": 6.0},
+    "lora+saved": {"lora_rank": 4, "modules_to_save": ["tok_embeddings", "output"]},
+    "bias+norm": {"bias_tuning": True, "norm_tuning": True},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how it is divided. `heads`: query / kv; `cut`: batch_size, accum_iter (times dp: GROUP)."""
+
+    mp: int = 1
+    dp: int = 1
+    tuning: str = "full"
+    tied: bool = False
+    heads: str = "12/2"
+    checkpointing: bool = False
+    data_parallel: str = "fsdp"
+    cut: tuple[int, int] = (2, 4)
+    precision: str = "fp32"
+    lora_rank: int = 4
+    lora_dropout: float = 0.0
+    lora_targets: tuple[str, ...] = LINEARS
+
+    @property
+    def args(self) -> ModelArgs:
+        heads, kv_heads = map(int, self.heads.split("/"))
+        return tiny_args(n_heads=heads, n_kv_heads=kv_heads, head_dim=4, tie_word_embeddings=self.tied)
+
+    @property
+    def tuning_args(self) -> TuningArgs:
+        keys = dict(TUNINGS[self.tuning])
+        if "lora_rank" in keys:
+            keys |= {
+                "lora_rank": self.lora_rank,
+                "lora_dropout": self.lora_dropout,
+                "lora_targets": list(self.lora_targets),
+            }
+        return TuningArgs(**keys)
+
+    @property
+    def loop_args(self) -> loop.LoopArgs:
+        return loop.LoopArgs(batch_size=self.cut[0], accum_iter=self.cut[1], epochs=2, seed=3)
+
+
+def examples(vocab_size: int = 101) -> list[Example]:
+    """Sequences of 2 to 40 tokens with prompts of none to all of them: the micro batches' token counts differ widely."""
+    rng = np.random.default_rng(7)
+    lengths = [2, 40, 3, 30, 5, *rng.integers(2, 25, EXAMPLES - 5)]
+    ids = [rng.integers(0, vocab_size, n).astype(np.int32) for n in lengths]
+    return [
+        Example(x, 0 if i % 5 == 0 else len(x) if i % 7 == 6 else int(rng.integers(0, len(x))))
+        for i, x in enumerate(ids)
+    ]
+
+
+def case_weights(case: Case) -> dict[str, torch.Tensor]:
+    """Whole weights the run starts from. lora_b too: from zero, no gradient would reach lora_a in the first step."""
+    args, weights = case.args, random_weights(case.args)
+    if case.tuning_args.lora_rank:
+        generator = torch.Generator().manual_seed(1)
+        for name in [n for n in weights if n.split(".")[-2] in case.lora_targets]:
+            shape = (weights[name].shape[0], case.lora_rank)
+            weights[name.replace(".weight", ".lora_b.weight")] = torch.randn(shape, generator=generator) * 0.2
+    assert args.vocab_size == 101
+    return weights
+
+
+@dataclass
+class Run:
+    case: Case
+    model: Transformer
+    optimizer: torch.optim.Optimizer
+    rules: GradientRules
+    trained: list[str]
+    lines: list[dict[str, Any]] = field(default_factory=list)  # what metrics.jsonl would get
+    validations: list[dict[str, Any]] = field(default_factory=list)
+    state: TrainState = field(default_factory=TrainState)
+
+    # the log's part that loop.fit calls
+    def write(self, record: dict[str, Any]) -> None:
+        (self.validations if "val_loss" in record else self.lines).append(record)
+
+    def step(self, step: int, shown: dict[str, str]) -> None: ...
+
+    def start_bar(self, step: int) -> None: ...
+
+
+def prepare(case: Case, weights: dict[str, torch.Tensor] | None = None) -> Run:
+    """Divides the world anew and builds the run's parts as main_finetune does."""
+    groups.forget_model_parallel()
+    groups.init(case.mp)
+    assert groups.dp_size() == case.dp, (case, groups.world_size())
+    source = TensorSource(case_weights(case) if weights is None else weights)
+    checkpoint = SimpleNamespace(source=source, path=Path("random"), adapter=None)
+    model = build(checkpoint, case.args, case.tuning_args)
+    trained = mark_trainable(model, case.tuning_args)
+    parallel = ParallelArgs(case.mp, case.data_parallel, precision=case.precision, checkpointing=case.checkpointing)
+    with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
+        materialise(model, checkpoint, parallel, seed=0)
+    whole_slice = case.data_parallel == "ddp"
+    rules = GradientRules(model, case.args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=not whole_slice)
+    run = Run(case, model, None, rules, trained)  # type: ignore[arg-type]
+    run.optimizer = optim.adamw(model, OPTIM)
+    return run
+
+
+def train(
+    run: Run,
+    steps: int | None = None,
+    save=lambda state: None,
+    save_steps: int = 10**6,
+    objective=objectives.next_token,
+) -> TrainState:
+    """loop.fit, up to `steps` optimizer steps of the two epochs (None: all six)."""
+    case, loop_args = run.case, run.case.loop_args
+    loop_args.save_steps = save_steps
+    loop_args.max_steps = steps or loop_args.total_steps(-(-EXAMPLES // GROUP))
+    assert case.cut[0] * case.cut[1] * case.dp == GROUP
+    run.state = loop.fit(
+        run.model, run.optimizer, run.rules, objective, examples(), run.state, loop_args, OPTIM,
+        precision=case.precision, data_parallel=case.data_parallel, num_workers=0, run_log=run,  # type: ignore[arg-type]
+        evaluate=lambda: loop.evaluate(run.model, objectives.next_token, examples(), 7, show_progress=False), sample=None, save_best=False, save=save,
+    )  # fmt: skip
+    return run.state
+
+
+def contents(run: Run) -> dict[str, torch.Tensor]:
+    """This rank's weights and optimizer state, copied."""
+    found = {n: local(p.detach()).clone() for n, p in run.model.named_parameters()}
+    for name, parameter in run.model.named_parameters():
+        found |= {f"{name}/{key}": local(v).clone() for key, v in run.optimizer.state.get(parameter, {}).items()}
+    return found
+
+
+def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """Names that are not in both with the same bits."""
+    return [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
+
+
+def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
+    """The unsharded gradient of every trained parameter. Collective; call between sum_partial and the optimizer."""
+    named = dict(run.model.named_parameters())
+    return {n: export.whole(run.case.args, n, named[n].grad).clone() for n in run.trained}
+
+
+def keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:
+    """A dict that holds the first step's gradients, complete and unclipped, once that step is done."""
+    kept: dict[str, torch.Tensor] = {}
+    original = run.rules.global_norm
+
+    def global_norm() -> torch.Tensor:
+        if not kept:
+            kept.update(whole_gradients(run))
+        return original()
+
+    run.rules.global_norm = global_norm  # type: ignore[method-assign]
+    return kept
+
+
+def mp_copies_differ(run: Run) -> list[str]:
+    """Names of parameters that mp ranks should hold in equal copies, to the bit, and do not. Collective."""
+    odd, kv_heads = [], run.case.args.kv_heads
+    for name, parameter in run.model.named_parameters():
+        parts = groups.gather_over_mp(parameter.detach().full_tensor())
+        if shard_dim(name) is None:
+            sets = [parts]
+        elif kv_copied(name) and groups.mp_size() > kv_heads:
+            copies = groups.mp_size() // kv_heads
+            sets = [parts[i : i + copies] for i in range(0, len(parts), copies)]
+        else:
+            continue
+        if any(not torch.equal(copy, same[0]) for same in sets for copy in same):
+            odd.append(name)
+    return odd

@@ -1,0 +1,129 @@
+"""The vocab-parallel, token-chunked cross-entropy against torch's on the whole head: loss, both gradients, hits.
+
+V = 101 divides by no mp size, so the last ranks hold padding rows; those are filled with huge values, which must not show.
+"""
+
+import itertools
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from accessory.parallel import groups, layers, loss
+from tests.helpers import run_ranks
+
+V, D = 101, 16
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
+
+
+def inputs(n: int, dtype: torch.dtype, v: int = V) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(n)
+    hidden = torch.randn(n, D, generator=generator).to(dtype)
+    weight = torch.randn(v, D, generator=generator).to(dtype)
+    targets = torch.randint(v, (n,), generator=generator)
+    targets[: n // 3] = (hidden[: n // 3].float() @ weight.float().t()).argmax(
+        1
+    )  # some hits, or `correct` proves nothing
+    return hidden, weight, targets
+
+
+def reference(hidden, weight, targets):
+    """In fp64 from the same values: (loss, d hidden, d weight, hits)."""
+    h, w = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = h @ w.t()
+    total = F.cross_entropy(logits, targets, reduction="sum")
+    total.backward()
+    return total.detach(), h.grad, w.grad, (logits.argmax(1) == targets).sum()
+
+
+def ours(hidden, weight, targets, v: int = V, factor: float = 1.0, trains=(True, True)):
+    """The same through this rank's rows, put together again. Padding rows hold 1e4."""
+    start, stop = layers.vocab_range(v)
+    rows = layers.padded_vocab(v) // groups.mp_size()
+    part = torch.full((rows, D), 1e4, dtype=weight.dtype)
+    part[: stop - start] = weight[start:stop]
+    h, w = hidden.clone().requires_grad_(trains[0]), part.requires_grad_(trains[1])
+    total, correct = loss.linear_cross_entropy(layers.copy_to_mp(h), w, targets, v)
+    (total * factor).backward()
+    w_grad = None
+    if w.grad is not None:
+        assert not w.grad[stop - start :].any(), "a padding row has a gradient"
+        w_grad = torch.cat(groups.gather_over_mp(w.grad))[:v]
+    return total.detach(), h.grad, w_grad, correct
+
+
+def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> float:
+    """Largest difference relative to the expected values' scale."""
+    assert found.shape == expected.shape
+    if not expected.numel():
+        return 0.0
+    error = (found.double() - expected).abs().max() / expected.abs().max().clamp(min=1e-12)
+    assert error <= TOLERANCE[dtype], (error, dtype)
+    return error.item()
+
+
+def every_case(mp: int) -> float:
+    groups.init(mp)
+    worst, ordinary = 0.0, loss.CHUNK_BYTES
+    for n, chunk, dtype in itertools.product((0, 1, 7, 64), (1, 4 * 101 * 5, ordinary), TOLERANCE):
+        loss.CHUNK_BYTES = chunk  # of 1 row, of some rows (64 is no multiple), of all
+        hidden, weight, targets = inputs(n, dtype)
+        expected = reference(hidden, weight, targets)
+        found = ours(hidden, weight, targets)
+        assert found[0].dtype == torch.float32 and found[1].dtype == dtype and found[2].dtype == dtype
+        errors = [close(f, e, dtype) for f, e in zip(found[:3], expected[:3])]
+        worst = max([worst, *errors]) if dtype == torch.float32 else worst
+        if dtype == torch.float32:
+            assert found[3] == expected[3], (found[3], expected[3])
+    loss.CHUNK_BYTES = ordinary
+    return worst
+
+
+@pytest.mark.parametrize("mp", [1, 2, 3, 4])
+def test_equals_torch_at_every_chunk_size(mp):
+    worst = run_ranks(every_case, mp, world=mp)
+    print(f"mp {mp}: largest relative difference {max(worst):.1e}")
+
+
+def edge_cases() -> None:
+    groups.init(4)
+    hidden, weight, targets = inputs(
+        12, torch.float32, v=5
+    )  # 2 rows a rank: the last holds padding only, the third half
+    expected = reference(hidden, weight, targets)
+    for f, e in zip(ours(hidden, weight, targets, v=5), expected[:3]):
+        close(f, e, torch.float32)
+    hidden, weight, targets = inputs(12, torch.float32)
+    expected = reference(hidden, weight, targets)
+    _, h_grad, w_grad, _ = ours(hidden, weight, targets, factor=0.25)
+    close(h_grad, expected[1] / 4, torch.float32)
+    close(w_grad, expected[2] / 4, torch.float32)
+    frozen_head = ours(hidden, weight, targets, trains=(True, False))
+    assert frozen_head[2] is None
+    close(frozen_head[1], expected[1], torch.float32)
+    head_only = ours(hidden, weight, targets, trains=(False, True))
+    assert head_only[1] is None
+    close(head_only[2], expected[2], torch.float32)
+    with torch.no_grad():
+        start, stop = layers.vocab_range(V)
+        part = F.pad(weight[start:stop], (0, 0, 0, 26 - (stop - start)))
+        close(loss.linear_cross_entropy(hidden, part, targets, V)[0], expected[0], torch.float32)
+
+
+def test_padding_only_ranks_scaled_loss_and_frozen_parts():
+    run_ranks(edge_cases, world=4)
+
+
+def extreme_logits() -> None:
+    groups.init(2)
+    for scale in (300.0, 1e4):
+        hidden, weight, targets = inputs(20, torch.float32)
+        expected = reference(hidden * scale, weight, targets)
+        found = ours(hidden * scale, weight, targets)
+        assert found[0].isfinite()
+        close(found[0], expected[0], torch.float32)
+        close(found[1], expected[1], torch.float32)
+
+
+def test_large_logits_do_not_overflow():
+    run_ranks(extreme_logits, world=2)
