@@ -18,6 +18,9 @@ TUNING_KEYS = (
     "lora_dropout",
     "lora_targets",
     "modules_to_save",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
     "bias_tuning",
     "norm_tuning",
 )
@@ -47,8 +50,10 @@ class ModelArgs:
     rope_theta: float = 10000.0
     rope_scaling: dict[str, Any] | None = None
     tie_word_embeddings: bool | None = None  # None: tied when the checkpoint has no output.weight
-    attention_bias: bool = False
+    attention_bias: bool = False  # on wq wk wv wo
+    qkv_bias: bool = False  # on wq wk wv alone (Qwen2); attention_bias wins
     mlp_bias: bool = False
+    qk_norm: bool = False  # RMSNorm over each head of q and k, before the rotary embedding (Qwen3)
     sliding_window: int | None = None
     max_position_embeddings: int | None = None
 
@@ -56,6 +61,8 @@ class ModelArgs:
         for name in ("dim", "n_layers", "n_heads", "kv_heads", "head_size", "multiple_of", "ffn_dim"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise ValueError(f"params: {name} is {getattr(self, name)!r}, expected a whole number above 0")
+        if self.n_layers > 10_000:
+            raise ValueError(f"params: n_layers is {self.n_layers}: no model has that many")
         if self.n_heads % self.kv_heads:
             raise ValueError(f"params: n_kv_heads {self.kv_heads} does not divide n_heads {self.n_heads}")
         if self.head_dim is None and self.dim % self.n_heads:
@@ -158,6 +165,8 @@ def allowed_model_parallel_sizes(args: ModelArgs) -> list[int]:
 def model_parallel_problem(args: ModelArgs, size: int) -> str | None:
     """Why this model cannot be split over `size` ranks, with the numbers; None when it can."""
     kv = args.kv_heads
+    if size < 1:
+        return "a model is split over 1 rank or more"
     if args.n_heads % size:
         return f"n_heads is {args.n_heads}"
     if kv % size and size % kv:
@@ -167,10 +176,10 @@ def model_parallel_problem(args: ModelArgs, size: int) -> str | None:
     return None
 
 
-def check_model_parallel(args: ModelArgs, size: int) -> None:
-    """Raises ValueError with both numbers and the sizes that work."""
+def check_model_parallel(args: ModelArgs, size: int, flag: str = "--model_parallel_size") -> None:
+    """Raises ValueError with both numbers and the sizes that work; `flag` is what the user calls it."""
     if problem := model_parallel_problem(args, size):
         sizes = [n for n in allowed_model_parallel_sizes(args) if n <= 64]
         raise ValueError(
-            f"--model_parallel_size {size} but {problem}: use {' or '.join([', '.join(map(str, sizes[:-1])), str(sizes[-1])]) if sizes[:-1] else sizes[-1]}"
+            f"{flag} {size} but {problem}: use {' or '.join([', '.join(map(str, sizes[:-1])), str(sizes[-1])]) if sizes[:-1] else sizes[-1]}"
         )

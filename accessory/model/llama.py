@@ -1,10 +1,13 @@
-"""One LLaMA: Llama 1 to 3.2, Code Llama, TinyLlama, SmolLM2, Mistral-7B, by configuration, tensor parallel throughout.
+"""One LLaMA: Llama 1 to 3.2, Code Llama, TinyLlama, SmolLM2, Mistral-7B, Qwen2, Qwen2.5 and Qwen3, by configuration, tensor
+parallel throughout.
 
     tokens -> tok_embeddings -> [ x + wo(attend(wq wk wv norm(x))) -> x + w2(silu(w1) * w3)(norm(x)) ] * n_layers -> norm -> output
 
 Column-parallel wq wk wv w1 w3 output, row-parallel wo w2, vocab-parallel embedding: two all-reduces a layer forward, two
 backward. Built on the meta device, filled by `from_pretrained` or `init_weights`. With labels, the loss is computed inside
-`forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Proof: tests/unit/test_llama.py, tests/dist/test_parity.py.
+`forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Qwen2 has biases on wq wk wv (`qkv_bias`), Qwen3 an RMSNorm
+over each head of q and k before the rotary embedding (`qk_norm`). Proof: tests/unit/test_llama.py, tests/dist/test_parity.py,
+tests/dist/test_families.py.
 
 Shapes: B batch, T tokens, D dim, H query heads, K kv heads, Dh head dim, F ffn, V vocab, /mp = this rank's slice.
 """
@@ -35,7 +38,7 @@ from accessory.parallel.loss import linear_cross_entropy
 SHARD_DIM: dict[str, int | None] = {
     **dict.fromkeys(("tok_embeddings", "wq", "wk", "wv", "w1", "w3", "output"), 0),
     **dict.fromkeys(("wo", "w2"), 1),
-    **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), None),
+    **dict.fromkeys(("attention_norm", "ffn_norm", "norm", "q_norm", "k_norm"), None),
 }
 
 
@@ -81,16 +84,21 @@ class Attention(nn.Module):
         super().__init__()
         self.head_size = args.head_size
         kv_heads = max(args.kv_heads, groups.mp_size())  # one per rank, copies counted
-        self.wq = ColumnLinear(args.dim, args.n_heads * args.head_size, bias=args.attention_bias)
-        self.wk = ColumnLinear(args.dim, kv_heads * args.head_size, bias=args.attention_bias)
-        self.wv = ColumnLinear(args.dim, kv_heads * args.head_size, bias=args.attention_bias)
+        qkv_bias = args.attention_bias or args.qkv_bias
+        self.wq = ColumnLinear(args.dim, args.n_heads * args.head_size, bias=qkv_bias)
+        self.wk = ColumnLinear(args.dim, kv_heads * args.head_size, bias=qkv_bias)
+        self.wv = ColumnLinear(args.dim, kv_heads * args.head_size, bias=qkv_bias)
         self.wo = RowLinear(args.n_heads * args.head_size, args.dim, bias=args.attention_bias)
+        self.q_norm = RMSNorm(args.head_size, args.norm_eps) if args.qk_norm else None
+        self.k_norm = RMSNorm(args.head_size, args.norm_eps) if args.qk_norm else None
 
     def forward(
         self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, layer: int
     ) -> Tensor:
         x = copy_to_mp(x)  # once for the three
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
+        if self.q_norm is not None:  # one weight for all heads: this rank's gradient is that of its own heads
+            q, k = self.q_norm(q), self.k_norm(k)
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
         mask = None
         if cache is not None:
@@ -240,7 +248,8 @@ def global_shape(args: ModelArgs, name: str, lora_rank: int = 0) -> tuple[int, .
         **{"wq": (q, args.dim), "wk": (kv, args.dim), "wv": (kv, args.dim), "wo": (args.dim, q)},
         **{"w1": (args.ffn_dim, args.dim), "w3": (args.ffn_dim, args.dim), "w2": (args.dim, args.ffn_dim)},
         **{"tok_embeddings": (args.vocab_size, args.dim), "output": (args.vocab_size, args.dim)},
-        **{"attention_norm": (args.dim,), "ffn_norm": (args.dim,), "norm": (args.dim,)},
+        **dict.fromkeys(("attention_norm", "ffn_norm", "norm"), (args.dim,)),
+        **dict.fromkeys(("q_norm", "k_norm"), (args.head_size,)),
     }
     parts = name.split(".")
     adapter = parts[-2] if len(parts) > 2 and parts[-2] in ("lora_a", "lora_b") else None

@@ -3,21 +3,27 @@
     column (wq wk wv w1 w3):  y = W x + s B A x     A [r, in] replicated,      B [out/mp, r]   A's gradient is this rank's addend
     row    (wo w2):           y = sum(W x + s B A x)  A [r, in/mp],            B [out, r] replicated, B's gradient an addend
 
-s = alpha / rank (Hu et al. 2021). The row layer's low-rank addend joins the one all-reduce it makes anyway. Addends are summed
-over mp once a step: `partial_grad` names them, parallel/grads.py sums. Proof: tests/dist/test_parity.py.
+s = alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023). Rank and alpha may differ from
+one linear to the next: `TuningArgs.rank_of` and `scale_of` are the one place that knows. The row layer's low-rank addend joins
+the one all-reduce it makes anyway. Addends are summed over mp once a step: `partial_grad` names them, parallel/grads.py sums.
+Proof: tests/dist/test_parity.py.
 """
 
 import difflib
 import fnmatch
 import hashlib
 import math
-from dataclasses import dataclass
+import re
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accessory.config import flag
+from accessory.model.args import TUNING_KEYS
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
@@ -35,6 +41,11 @@ class TuningArgs:
     lora_dropout: float = flag(0.0, "dropout on the adapters' input")
     lora_targets: list[str] = flag(LINEARS, "which linears get an adapter", choices=LINEARS)
     modules_to_save: list[str] = flag([], "modules trained in full beside the adapters, e.g. tok_embeddings,output")
+    use_rslora: bool = flag(
+        False, "scale by lora_alpha / sqrt(lora_rank) instead, for large ranks (rank-stabilised LoRA)"
+    )
+    rank_pattern: dict[str, int] = flag({}, "other ranks for some linears, e.g. w2=16,layers.0=4; 0: no adapter there")
+    alpha_pattern: dict[str, float] = flag({}, "other alphas for some linears, e.g. layers.*.attention.wq=32")
     bias_tuning: bool = flag(False, "give the seven linears biases (zero at first) and train them")
     norm_tuning: bool = flag(False, "train the norms")
     trainable: list[str] = flag(
@@ -44,6 +55,8 @@ class TuningArgs:
     def __post_init__(self) -> None:
         if self.lora_rank < 0:
             raise ValueError(f"--lora_rank {self.lora_rank}: expected 0 (none) or more")
+        if wrong := [f"{k}={v}" for k, v in self.rank_pattern.items() if int(v) != v or v < 0]:
+            raise ValueError(f"--rank_pattern {wrong[0]}: expected a whole number, 0 (none) or more")
         if not 0 <= self.lora_dropout < 1:
             raise ValueError(f"--lora_dropout {self.lora_dropout}: expected 0 or more, below 1")
         if self.lora_rank and not self.lora_targets:
@@ -51,11 +64,30 @@ class TuningArgs:
                 f"--lora_targets is empty with --lora_rank {self.lora_rank}: name some of {', '.join(LINEARS)}"
             )
 
+    @classmethod
+    def from_terms(cls, terms: dict[str, Any]) -> "TuningArgs":
+        """From adapter.json's content or a checkpoint's `adapter`; keys that are no flags are passed over."""
+        names = {f.name for f in fields(cls)}
+        return cls(**{k: v for k, v in terms.items() if k in names and v is not None})
+
     @property
-    def scale(self) -> float:
-        return (
-            (self.lora_rank if self.lora_alpha is None else self.lora_alpha) / self.lora_rank if self.lora_rank else 0.0
-        )
+    def alpha(self) -> float:
+        return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
+
+    def rank_of(self, name: str) -> int:
+        """The rank of the adapter on this linear (`layers.3.attention.wq`, or one of its weights' names); 0: it has none."""
+        linear = linear_of(name)
+        if not self.lora_rank or linear.rsplit(".", 1)[-1] not in self.lora_targets:
+            return 0
+        return int(_by_pattern(self.rank_pattern, linear, self.lora_rank))
+
+    def scale_of(self, name: str) -> float:
+        """What B A x of this linear is multiplied by; 0 where it has no adapter."""
+        rank = self.rank_of(name)
+        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank) if rank else 0.0
+
+    def alpha_of(self, name: str) -> float:
+        return float(_by_pattern(self.alpha_pattern, linear_of(name), self.alpha))
 
     @property
     def partly(self) -> bool:
@@ -106,7 +138,59 @@ def partial_grad(name: str) -> bool:
     parts = name.split(".")
     if "lora_a" in parts:
         return parts[-3] in COLUMN
+    if "q_norm" in parts or "k_norm" in parts:  # a rank's is that of its own heads (and of copies, by its own queries)
+        return True
     return "lora_b" in parts and parts[-3] in ROW
+
+
+def linear_of(name: str) -> str:
+    """layers.0.attention.wq.lora_a.weight, or ...wq.weight, or ...wq.bias -> layers.0.attention.wq"""
+    return re.sub(r"(\.lora_[ab])?(\.weight|\.bias)?$", "", name)
+
+
+def _by_pattern(patterns: dict[str, Any], linear: str, default: Any) -> Any:
+    """The value of the longest matching pattern (of equals the first by name): no order, since JSON files are sorted."""
+    matching = sorted((p for p in patterns if matches(linear, p)), key=lambda p: (-len(p), p))
+    return patterns[matching[0]] if matching else default
+
+
+def folded(values: dict[str, Any], default: Any) -> dict[str, Any]:
+    """{linear: value} of all linears as the patterns that `rank_of` reads: each kind's commonest value, unless it is the
+    default, and the exceptions by their full names."""
+    patterns: dict[str, Any] = {}
+    for kind in dict.fromkeys(n.rsplit(".", 1)[-1] for n in values):
+        mine = {n: v for n, v in values.items() if n.rsplit(".", 1)[-1] == kind}
+        [(common, _)] = Counter(mine.values()).most_common(1)
+        patterns |= ({kind: common} if common != default else {}) | {n: v for n, v in mine.items() if v != common}
+    return patterns
+
+
+def saved_terms(model: nn.Module, tuning: TuningArgs) -> dict[str, Any]:
+    """What adapter.json keeps of this run: the flags with alpha spelt out; under --trainable what its choice left of them, so
+    that the terms say exactly what the file (`saved_names`) holds."""
+    terms = {k: getattr(tuning, k) for k in TUNING_KEYS} | {"lora_alpha": tuning.alpha}
+    if not tuning.trainable:
+        return terms
+    saved = saved_names(model, tuning)
+    lora = {linear_of(n) for n in saved if ".lora_" in n}
+    full = [n for n in saved if ".lora_" not in n and not (tuning.bias_tuning and n.endswith(".bias"))]
+    ranks = {n: tuning.rank_of(n) if n in lora else 0 for n, _ in linears(model)}
+    return terms | {
+        "lora_rank": tuning.lora_rank if lora else 0,
+        "rank_pattern": folded(ranks, tuning.lora_rank) if lora else {},
+        "modules_to_save": full,
+        "norm_tuning": False,
+    }
+
+
+def saved_names(model: nn.Module, tuning: TuningArgs) -> list[str]:
+    """What an adapter file holds: the trained parameters, the other half of a half trained LoRA, and every added bias."""
+    lora = {linear_of(n) for n, p in model.named_parameters() if p.requires_grad and ".lora_" in n}
+
+    def belongs(name: str) -> bool:
+        return linear_of(name) in lora if ".lora_" in name else tuning.bias_tuning and name.endswith(".bias")
+
+    return [n for n, p in model.named_parameters() if p.requires_grad or belongs(n)]
 
 
 def linears(model: nn.Module, targets: list[str] | tuple[str, ...] = LINEARS):
@@ -117,8 +201,8 @@ def linears(model: nn.Module, targets: list[str] | tuple[str, ...] = LINEARS):
 def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
     """Adds what fine-tuning needs beside the checkpoint's weights, empty: adapters, and biases where there are none."""
     for name, linear in linears(model):
-        if tuning.lora_rank and name.rsplit(".", 1)[-1] in tuning.lora_targets:
-            linear.add_lora(tuning.lora_rank, tuning.scale, tuning.lora_dropout)
+        if rank := tuning.rank_of(name):
+            linear.add_lora(rank, tuning.scale_of(name), tuning.lora_dropout)
         if tuning.bias_tuning and linear.bias is None:
             linear.bias = nn.Parameter(torch.empty(linear.weight.shape[0], device="meta"))
 
@@ -155,18 +239,18 @@ def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
     saved = ["tok_embeddings" if m == "output" and "output.weight" not in names else m for m in tuning.modules_to_save]
     for flag_name, patterns in (("trainable", wanted + frozen), ("modules_to_save", saved)):
         for pattern in patterns:
-            if not any(_matches(n, pattern) for n in names):
+            if not any(matches(n, pattern) for n in names):
                 near = difflib.get_close_matches(pattern, names + sorted({p for n in names for p in n.split(".")}), n=1)
                 raise ValueError(
                     f"--{flag_name} {pattern}: no parameter matches" + (f"; did you mean {near[0]}?" if near else "")
                 )
     if wanted:
-        chosen = [n for n in names if any(_matches(n, p) for p in wanted)]
+        chosen = [n for n in names if any(matches(n, p) for p in wanted)]
     elif tuning.lora_rank or tuning.bias_tuning or tuning.norm_tuning or saved:
         chosen = [n for n in names if _tuned(n, tuning, saved)]
     else:
         chosen = names
-    chosen = [n for n in chosen if not any(_matches(n, p) for p in frozen)]
+    chosen = [n for n in chosen if not any(matches(n, p) for p in frozen)]
     if not chosen:
         raise ValueError(f"--trainable {','.join(tuning.trainable)}: nothing is left to train")
     keep = set(chosen)
@@ -175,7 +259,7 @@ def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
     return chosen
 
 
-def _matches(name: str, pattern: str) -> bool:
+def matches(name: str, pattern: str) -> bool:
     """A glob over the whole name, or a run of its dotted parts: 'layers.0', 'attention.wq', 'norm', 'layers.*.wq.weight'."""
     return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
@@ -184,7 +268,7 @@ def _tuned(name: str, tuning: TuningArgs, saved: list[str]) -> bool:
     if ".lora_" in name:
         return True
     if name.endswith(".bias"):
-        return tuning.bias_tuning or any(_matches(name, m) for m in saved)
+        return tuning.bias_tuning or any(matches(name, m) for m in saved)
     if "norm." in name and tuning.norm_tuning:
         return True
-    return any(_matches(name, m) for m in saved)
+    return any(matches(name, m) for m in saved)

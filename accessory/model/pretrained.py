@@ -19,7 +19,7 @@ from accessory.parallel import groups
 
 
 def load(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     model_parallel_size: int = 1,
     pretrained_type: str | None = None,
     dtype: torch.dtype | None = None,
@@ -27,7 +27,8 @@ def load(
     llama_config: Sequence[str | Path] = (),
     base: str | Path | None = None,
 ) -> Transformer:
-    """A model for inference or research, in eval mode: Meta, Accessory, Hugging Face, GGUF, or an adapter saved by a run.
+    """A model for inference or research, in eval mode: Meta, Accessory, Hugging Face, GGUF, an adapter saved by a run, or
+    several laid over each other: a list, or "a,b,c" (checkpoint/lists.py).
 
     Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
     logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU. base: where an adapter's
@@ -42,7 +43,7 @@ def load(
 
 
 def open_pretrained(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     pretrained_type: str | None = None,
     llama_config: Sequence[str | Path] = (),
     base: str | Path | None = None,
@@ -52,10 +53,11 @@ def open_pretrained(
     from accessory.checkpoint.formats import open_checkpoint
 
     checkpoint = open_checkpoint(path, pretrained_type, base)
+    path = checkpoint.path
     params = read_params(llama_config) if llama_config else dict(checkpoint.params)
     if not params:
         raise ValueError(f"{path} has no params.json or config.json: name one with --llama_config (see model_configs/)")
-    for key in ("attention_bias", "mlp_bias"):  # told by the tensors
+    for key in ("attention_bias", "qkv_bias", "mlp_bias", "qk_norm"):  # told by the tensors
         params.setdefault(key, checkpoint.params.get(key))
     args = ModelArgs.from_dict(params, " + ".join(map(str, llama_config)) if llama_config else str(path))
     names = set(checkpoint.source.names())
@@ -72,8 +74,7 @@ def open_pretrained(
 
 def carried_tuning(checkpoint: Any) -> TuningArgs:
     """The adapters that the checkpoint itself brings; no tuning when it brings none."""
-    terms = checkpoint.adapter or {}
-    return TuningArgs(**{k: v for k, v in terms.items() if k in TuningArgs.__dataclass_fields__})
+    return TuningArgs.from_terms(checkpoint.adapter or {})
 
 
 def build(checkpoint: Any, args: ModelArgs, tuning: TuningArgs) -> Transformer:
@@ -87,13 +88,18 @@ def build(checkpoint: Any, args: ModelArgs, tuning: TuningArgs) -> Transformer:
 def check_keys(model: Transformer, checkpoint: Any, tuning: TuningArgs) -> None:
     """Raises ValueError with the first missing, unexpected and mis-shaped keys and how many of each there are."""
     found = set(checkpoint.source.names())
-    expected = {name: global_shape(model.args, name, tuning.lora_rank) for name, _ in model.named_parameters()}
+    expected = {name: global_shape(model.args, name, tuning.rank_of(name)) for name, _ in model.named_parameters()}
+    carried = carried_tuning(checkpoint)
     spare = (
         {"output.weight"} if model.args.tie_word_embeddings else set()
     )  # a tied model's file may repeat the embedding
     shapes = {n: tuple(checkpoint.source.shape(n)) for n in expected if n in found}
     report = {
-        "missing": [n for n in expected if n not in found and not _added(n, tuning)],
+        "missing": [
+            n
+            for n in expected
+            if n not in found and not (_added(n, tuning) and not (".lora_" in n and carried.rank_of(n)))
+        ],
         "unexpected": sorted(found - set(expected) - spare),
         "of another shape": [
             f"{n} {list(shapes[n])}, not {list(expected[n])}" for n in shapes if shapes[n] != expected[n]

@@ -1,4 +1,4 @@
-"""The model against transformers' LLaMA and Mistral in fp32, against plain torch, and against real models' oracle values.
+"""The model against transformers' LLaMA, Mistral, Qwen2 and Qwen3 in fp32, against plain torch, and against real models' oracle values.
 
 `peer(...)` makes a lively random Hugging Face model; `carry(...)` moves its weights into ours with names and rows written out
 here, independently of accessory.weights. tests/dist/test_oracle.py has the same real values at mp 2 and 4.
@@ -38,10 +38,11 @@ SCALINGS = {  # ours; Hugging Face's where it is another
         {"rope_type": "dynamic", "factor": 2.0},
     ),  # at twice the old context: 2 * 2 - (2 - 1)
 }
+FAMILIES: dict[str, dict] = {"Llama": {}, "Mistral": {}, "Qwen2": {"qkv_bias": True}, "Qwen3": {"qk_norm": True}}
 BOUND = 2e-5  # of the logits' scale
 
 
-def peer(scaling: dict | None = None, mistral: bool = False, **keys):
+def peer(scaling: dict | None = None, mistral: bool = False, kind: str = "Llama", **keys):
     """A random model of transformers, in our names. Weights are of unit gain, so that attention is not flat."""
     p = SIZES | {"n_kv_heads": 6, "tie_word_embeddings": False, "rope_theta": 10000.0} | keys
     names = {
@@ -58,7 +59,7 @@ def peer(scaling: dict | None = None, mistral: bool = False, **keys):
         "max_position_embeddings": OLD_CONTEXT,
     }
     config |= {"bos_token_id": 1, "eos_token_id": 2}
-    kind = "Mistral" if mistral else "Llama"
+    kind = "Mistral" if mistral else kind
     model = getattr(transformers, f"{kind}ForCausalLM")(getattr(transformers, f"{kind}Config")(**config)).float().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -84,6 +85,8 @@ HF_NAMES = {
     "self_attn.k_proj": "attention.wk",
     "self_attn.v_proj": "attention.wv",
     "self_attn.o_proj": "attention.wo",
+    "self_attn.q_norm": "attention.q_norm",
+    "self_attn.k_norm": "attention.k_norm",
     "mlp.gate_proj": "feed_forward.w1",
     "mlp.down_proj": "feed_forward.w2",
     "mlp.up_proj": "feed_forward.w3",
@@ -103,7 +106,8 @@ def meta_name(name: str) -> str:
 
 
 def meta_tensor(name: str, tensor: torch.Tensor, head_dim: int) -> torch.Tensor:
-    return (pairs(tensor, head_dim) if "q_proj" in name or "k_proj" in name else tensor).detach().clone()
+    turned = any(module in name for module in ("q_proj", "k_proj", "q_norm", "k_norm"))
+    return (pairs(tensor, head_dim) if turned else tensor).detach().clone()
 
 
 def meta_tensors(state: dict[str, torch.Tensor], head_dim: int, tied: bool) -> dict[str, torch.Tensor]:
@@ -122,6 +126,7 @@ def carry(model, scaling: dict | None = None, **keys) -> Transformer:
         "tie_word_embeddings": tied,
         "rope_scaling": scaling,
         "rope_theta": c.rope_parameters["rope_theta"],
+        **FAMILIES[type(model).__name__.removesuffix("ForCausalLM")],
     }
     ours = Transformer(ModelArgs.from_dict(params | keys))
     tensors = meta_tensors(model.state_dict(), ours.args.head_size, tied)
@@ -214,6 +219,123 @@ def test_mistral_within_its_window_and_refused_beyond() -> None:
     assert (everything - truth)[:, window:].abs().max() > 100 * BOUND * truth.abs().max()
     packed = ours(longer, cu_seqlens=torch.tensor([0, window, 2 * window]))  # two sequences that each fit
     assert_near(packed[:, window:], model(longer[:, window:]).logits)
+
+
+# --- Qwen -------------------------------------------------------------------------------------------------------------
+
+QWENS: dict[str, dict] = {
+    "Qwen2": {"kind": "Qwen2"},
+    "Qwen2 GQA, tied": {"kind": "Qwen2", "n_kv_heads": 2, "tie_word_embeddings": True},
+    "Qwen3, heads wider than dim": {"kind": "Qwen3", "head_dim": 24, "n_kv_heads": 2},
+    "Qwen3 MQA, tied, theta 1e6": {
+        "kind": "Qwen3",
+        "head_dim": 8,
+        "n_kv_heads": 1,
+        "tie_word_embeddings": True,
+        "rope_theta": 1e6,
+    },
+    "Qwen3, all four biases": {"kind": "Qwen3", "head_dim": 16, "attention_bias": True},
+}
+
+
+def qwen(keys: dict, scaling: dict | None = None) -> tuple[torch.nn.Module, Transformer]:
+    """(theirs, ours)"""
+    model = peer(scaling, **keys)
+    same = {k: v for k, v in keys.items() if k in ("head_dim", "attention_bias")}
+    return model, carry(model, scaling, **same)
+
+
+@pytest.mark.parametrize("scaling", ["none", "yarn"])
+@pytest.mark.parametrize("keys", QWENS.values(), ids=QWENS)
+@torch.no_grad()
+def test_logits_of_qwen_are_those_of_transformers(keys: dict, scaling: str) -> None:
+    model, ours = qwen(keys, SCALINGS[scaling][0])
+    assert sum(p.numel() for p in ours.parameters()) == sum(p.numel() for p in model.parameters())
+    tokens = tokens_of(2, OLD_CONTEXT + 10)
+    truth = model(tokens).logits
+    assert_near(ours(tokens), truth)
+    for name, p in ours.named_parameters():  # what is new counts: without it the logits are others
+        if name in ("layers.0.attention.wk.bias", "layers.0.attention.wv.bias", "layers.1.attention.q_norm.weight"):
+            before = p.clone()
+            p.fill_(1.0 if "norm" in name else 0.0)
+            difference = (ours(tokens) - truth).abs().max() / truth.abs().max()
+            assert difference > (10 if name.endswith("wk.bias") else 100) * BOUND, name
+            p.copy_(before)
+
+
+@pytest.mark.parametrize("keys", QWENS.values(), ids=QWENS)
+def test_gradients_of_qwen_are_those_of_transformers(keys: dict) -> None:
+    model, ours = qwen(keys)
+    tokens = tokens_of(2, 30)
+    labels = tokens.masked_fill(torch.arange(30) < 7, -100)
+    theirs = model(tokens, labels=labels).loss
+    theirs.backward()
+    loss, count, _ = ours(tokens, labels=labels)
+    (loss / count).backward()
+    assert (loss / count).item() == pytest.approx(theirs.item(), rel=1e-6)
+    head, tied = ours.args.head_size, ours.args.tie_word_embeddings
+    truth = meta_tensors({n: p.grad for n, p in model.named_parameters()}, head, tied)
+    assert set(truth) == {n for n, _ in ours.named_parameters()}
+    norm = torch.stack([g.norm() for g in truth.values()]).norm()
+    for name, p in ours.named_parameters():
+        assert (p.grad - truth[name]).abs().max() <= 1e-6 * norm, name
+        if "wk.bias" not in name:  # softmax takes most of it away: sums that cancel keep few digits
+            assert_near(p.grad, truth[name], 1e-4)
+
+
+@pytest.mark.parametrize("keys", QWENS.values(), ids=QWENS)
+@torch.no_grad()
+def test_qwen_packed_and_from_the_cache(keys: dict) -> None:
+    model, ours = qwen(keys)
+    tokens = tokens_of(1, 31)
+    packed = ours(tokens, cu_seqlens=torch.tensor([0, 12, 31]))
+    assert_near(packed[:, :12], ours(tokens[:, :12]), 2e-6)
+    assert_near(packed[:, 12:], ours(tokens[:, 12:]), 2e-6)
+    prompts = [tokens[0, :9].tolist(), tokens[0, 9:13].tolist()]
+    answers = generate(ours, prompts, 8)
+    for prompt, answer in zip(prompts, answers):
+        whole = list(prompt)
+        for _ in range(8):
+            whole.append(ours(torch.tensor([whole]))[0, -1].argmax().item())
+        theirs = model.generate(
+            torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False, eos_token_id=None
+        )
+        assert prompt + answer == whole == theirs[0].tolist()
+
+
+@pytest.mark.parametrize("keys", QWENS.values(), ids=QWENS)
+@torch.no_grad()
+def test_a_qwen_directory_that_transformers_saved(tmp_path: Path, keys: dict) -> None:
+    model = peer({"rope_type": "yarn", "factor": 2.5, "original_max_position_embeddings": OLD_CONTEXT // 4}, **keys)
+    model.save_pretrained(tmp_path)
+    ours = Transformer.from_pretrained(tmp_path)
+    tokens = tokens_of(2, 50)
+    assert_near(ours(tokens), model(tokens).logits)
+    assert ours.args.rope_scaling["factor"] == 2.5
+    assert {k: getattr(ours.args, k) for k in ("qkv_bias", "qk_norm", "attention_bias")} == {
+        "qkv_bias": keys["kind"] == "Qwen2",
+        "qk_norm": keys["kind"] == "Qwen3",
+        "attention_bias": keys.get("attention_bias", False),
+    }
+
+
+@pytest.mark.parametrize("keys", QWENS.values(), ids=QWENS)
+@torch.no_grad()
+def test_params_that_do_not_tell_are_told_by_the_tensors(tmp_path: Path, keys: dict) -> None:
+    model, ours = qwen(keys)
+    torch.save(dict(ours.state_dict()), tmp_path / "consolidated.00.pth")
+    silent = {k: v for k, v in ours.args.to_dict().items() if k not in ("qkv_bias", "qk_norm", "attention_bias")}
+    (tmp_path / "params.json").write_text(json.dumps(silent))
+    again = Transformer.from_pretrained(tmp_path)
+    assert again.args == ours.args
+    assert_near(again(tokens_of(1, 9)), model(tokens_of(1, 9)).logits)
+    (tmp_path / "config").write_text(json.dumps(silent))  # and over a --llama_config that says nothing
+    assert Transformer.from_pretrained(tmp_path, llama_config=[tmp_path / "config"]).args == ours.args
+    weights = {n: t for n, t in ours.state_dict().items() if not n.endswith(("wk.bias", "k_norm.weight"))}
+    torch.save(weights, tmp_path / "consolidated.00.pth")
+    with pytest.raises(ValueError, match=r"[24] missing: layers\.0\.attention\.(wk\.bias|k_norm\.weight)") as error:
+        Transformer.from_pretrained(tmp_path)
+    assert "\n" not in str(error.value)
 
 
 # --- positions and packing --------------------------------------------------------------------------------------------

@@ -30,6 +30,15 @@ PUBLISHED = {  # file: parameters, with the tokenizer's 32000 rows where the fil
     "mistral_7b_v0.1": 7_241_732_096,
     "mistral_7b_v0.3": 7_248_023_552,
     "smollm2_135m": 134_515_008,
+    "qwen2_0.5b": 494_032_768,
+    "qwen2.5_0.5b": 494_032_768,
+    "qwen2.5_1.5b": 1_543_714_304,
+    "qwen2.5_3b": 3_085_938_688,
+    "qwen2.5_7b": 7_615_616_512,
+    "qwen3_0.6b": 596_049_920,
+    "qwen3_1.7b": 1_720_574_976,
+    "qwen3_4b": 4_022_468_096,
+    "qwen3_8b": 8_190_735_360,
 }
 OVERLAYS = sorted(p.stem for p in CONFIGS.glob("*.json") if "dim" not in json.loads(p.read_text()))
 
