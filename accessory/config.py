@@ -25,8 +25,9 @@ TRUE, FALSE = {"true", "1", "yes", "on"}, {"false", "0", "no", "off"}
 def flag(default: Any, help: str, choices: Sequence[str] | None = None) -> Any:
     """A dataclass field that is also a command-line flag: its default, its sentence in --help, its allowed values."""
     metadata = {"help": help, "choices": tuple(choices) if choices else None}
-    if isinstance(default, (list, tuple)):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, tuple, dict)):
+        copy = dict if isinstance(default, dict) else list
+        return dataclasses.field(default_factory=lambda: copy(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -135,6 +136,11 @@ def convert(name: str, raw: str, hint: Any, choices: Sequence[str] | None = None
                 for part in raw.split(",")
                 if part.strip()
             ]
+        if typing.get_origin(hint) is dict:
+            pairs = [part.strip().rpartition("=") for part in raw.split(",") if part.strip()]
+            if not all(key for key, _, _ in pairs):
+                raise ValueError(f"--{name} {raw}: expected name=value pairs with commas between")
+            return {key: convert(name, value, typing.get_args(hint)[1]) for key, _, value in pairs}
         if hint is bool:
             if raw.lower() not in TRUE | FALSE:
                 raise ValueError
@@ -165,7 +171,7 @@ def help_text(sections: Sequence[type], doc: str) -> str:
             shown = ",".join(map(str, default)) if isinstance(default, list) else default
             choices = f.metadata.get("choices")
             values = " {" + ",".join(choices) + "}" if choices else ""
-            lines.append(f"  --{f.name}{values}  (default: {shown if shown not in ('', None) else 'none'})")
+            lines.append(f"  --{f.name}{values}  (default: {shown if shown not in ('', None, {}) else 'none'})")
             lines.append(f"        {f.metadata.get('help', '')}")
         lines.append("")
     return "\n".join(lines)

@@ -16,7 +16,8 @@ MAY_IMPORT = {  # package or module of accessory -> what of accessory it may imp
     "config": set(),
     "log": set(),
     "launch": set(),
-    "tokenizer": {"config", "log"},
+    "tokenizer_files": set(),
+    "tokenizer": {"tokenizer_files", "config", "log"},
     "parallel": {"config", "log"},
     "model": {"parallel", "config"},
     "weights": {"model", "config"},
@@ -29,7 +30,6 @@ MAY_IMPORT = {  # package or module of accessory -> what of accessory it may imp
 }
 EXCEPTIONS = {("accessory/model/pretrained.py", "checkpoint")}  # inside from_pretrained's function only
 COLLECTIVES = {  # the only files outside accessory/parallel/ that import torch.distributed, and what of it
-    "accessory/checkpoint/resume.py": ("torch.distributed.checkpoint", "torch.distributed.tensor"),
     "accessory/launch.py": ("torch.distributed.run", "torch.distributed.elastic"),
 }
 PEERS = {"transformers", "peft", "deepspeed", "accelerate", "torchtune", "litgpt"}  # never at run time

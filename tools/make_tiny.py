@@ -1,6 +1,6 @@
 """A tiny random LLaMA with everything a run needs, for trying scripts out: SMOKE=1 bash exps/finetune_7b.sh uses it.
 
-python tools/make_tiny.py --dst DIR [--model_parallel_size 2]
+python tools/make_tiny.py --dst DIR [--mp 2]
 -> consolidated.00.pth consolidated.01.pth params.json tokenizer.model (sentencepiece) data.yaml train.jsonl val.jsonl
 """
 
@@ -25,8 +25,8 @@ PHRASES = (
 )
 
 
-def main(*, dst: str, model_parallel_size: int = 2) -> None:
-    """Writes the directory, random weights from seed 0 in fp32; leaves it alone when it is already there."""
+def main(*, dst: str, mp: int = 2) -> None:
+    """Writes the directory, random weights from seed 0 in fp32 in --mp shards; leaves it alone when it is already there."""
     if Path(dst).exists():
         print(f"{dst}: already there")
         return
@@ -44,11 +44,11 @@ def main(*, dst: str, model_parallel_size: int = 2) -> None:
             (directory / "tokenizer.model").write_bytes(tokenizer(rows))
             params = PARAMS | {"vocab_size": VOCAB_SIZE}
             weights = Transformer(ModelArgs.from_dict(params)).init_weights().state_dict()
-            write_meta(directory, TensorSource(weights), params, shards=model_parallel_size)
+            write_meta(directory, TensorSource(weights), params, shards=mp)
     except OSError:  # two runs at once: the other was first
         if not (Path(dst) / "params.json").exists():
             raise
-    print(f"{dst}: {model_parallel_size} shard(s) of a random model, its tokenizer and data")
+    print(f"{dst}: {mp} shard(s) of a random model, its tokenizer and data")
 
 
 def tokenizer(rows: list[dict[str, str]]) -> bytes:

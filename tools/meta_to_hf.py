@@ -8,6 +8,8 @@ from accessory.checkpoint.formats_write import dtype_of, new_directory, special_
 from accessory.config import run_tool
 from accessory.model.args import ModelArgs
 from accessory.tokenizer import Tokenizer
+from accessory.weights.hf import hf_name
+from accessory.weights.report import mapping_lines
 
 
 def main(
@@ -16,8 +18,9 @@ def main(
     """Writes a directory that transformers, vLLM and llama.cpp's converter load.
 
     --src is anything that can be read, at any number of shards; LoRA must be merged first (tools/merge_lora.py).
-    --dtype is bf16, fp16 or fp32, by default the file's own. The tokenizer beside the weights goes along. --dst must
-    not exist."""
+    --dtype is bf16, fp16 or fp32, by default the file's own. The tokenizer beside the weights goes along;
+    --tokenizer_path names another. No file is larger than --max_shard_size (5GB, 500MB, ...) unless one tensor is.
+    --dst must not exist. At the end every kind of tensor is listed with its old and new name."""
     checkpoint = open_checkpoint(src)
     if checkpoint.adapter:
         raise ValueError(
@@ -26,18 +29,21 @@ def main(
     tokenizer = (
         Tokenizer.open(tokenizer_path or checkpoint.tokenizer) if tokenizer_path or checkpoint.tokenizer else None
     )
-    args = ModelArgs.from_dict(checkpoint.params, source=f"{src}/params.json")
+    args, stored = ModelArgs.from_dict(checkpoint.params, source=f"{src}/params.json"), dtype_of(dtype)
     with new_directory(dst) as directory:
         files = write_hf(
             directory,
             checkpoint.source,
             args,
             tokenizer.path if tokenizer else None,
-            dtype_of(dtype),
+            stored,
             max_shard_size,
             special_ids=special_ids(tokenizer),
             show_progress=True,
         )
+    source = checkpoint.source
+    stored = stored or source.dtype("tok_embeddings.weight")
+    print("\n".join(mapping_lines((n, hf_name(n) or n, source.shape(n), stored) for n in source.names())))
     print(f"{dst}: {len(files)} safetensors file(s), config.json, {'tokenizer' if tokenizer else 'no tokenizer'}")
 
 

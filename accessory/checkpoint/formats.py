@@ -2,30 +2,39 @@
 
     consolidated.00.pth ...                    meta_ori       Meta's: Llama 1, 2, 3, Code Llama
     consolidated.00-of-02.model.pth ...        consolidated   Accessory's and ours; maybe base and LoRA in one
-    model*.safetensors + config.json           hf             Hugging Face: llama and mistral
+    consolidated.00-of-02.model-diff.pth ...   (the base's)   differences; only after a base, in a list
+    model*.safetensors + config.json           hf             Hugging Face: llama, mistral, qwen2, qwen3
+    pytorch_model*.bin + config.json           hf             the same in its older files
     *.gguf                                     gguf           llama.cpp's, dequantised
     adapter.safetensors + adapter.json         (the base's)   ours: LoRA and what else was trained, laid over its base
 
-`open_checkpoint(path)` answers with names, shapes and sizes; no weights are read until `source.read`. Readers are in
-formats_read.py, writers in formats_write.py and adapter.py. Tests: tests/unit/test_formats.py
+`open_checkpoint(path)` answers with names, shapes and sizes; no weights are read until `source.read`. "a,b,c" is a list,
+laid over each other from left to right (lists.py). Readers are in formats_read.py, writers in formats_write.py and
+adapter.py. Tests: tests/unit/test_formats.py
 """
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from accessory.checkpoint.formats_read import GGUFFile, SafetensorsFiles, TorchFile, read_json
+from accessory.checkpoint.formats_read import GGUFFile, SafetensorsFiles, TorchFile, TorchFiles, read_json
+from accessory.checkpoint.peft import PEFT_CONFIG
 from accessory.model.args import RUNTIME_KEYS, TUNING_KEYS
 from accessory.weights import IGNORED_SUFFIXES, Overlay, Renamed, Source, gguf, hf, is_lora
 from accessory.weights.reshard import Merged
 
 KINDS = ("meta_ori", "consolidated", "hf", "gguf")
 META_FILE = re.compile(r"consolidated\.(\d\d)\.pth")
-OUR_FILE = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model\.pth")
-HF_FILE = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-HF_INDEX = "model.safetensors.index.json"
+OUR_FILE = re.compile(r"consolidated\.(\d\d)-of-(\d\d)\.model(?:-diff)?\.pth")
+DIFF_SUFFIX = ".model-diff.pth"
+HF_FILE = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+HF_BIN = re.compile(r"pytorch_model(-\d{5}-of-\d{5})?\.bin")
+HF_INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ADAPTER_FILE, ADAPTER_CONFIG = "adapter.safetensors", "adapter.json"
+ADAPTER_FILES = (ADAPTER_FILE, "adapter_model.safetensors", "adapter_model.bin")
+LORA_SCALES = ("use_rslora", "rank_pattern", "alpha_pattern")  # terms of a LoRA that say more than rank and alpha
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 
 
@@ -33,32 +42,68 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json")
 class Checkpoint:
     """An opened checkpoint. `source`: whole tensors under Meta's names; of an adapter, base and adapter together."""
 
-    path: Path
-    kind: str  # one of KINDS; of an adapter, its base's
+    path: Path  # of a list all of them with commas between, for messages
+    kind: str  # one of KINDS; of an adapter its base's, of a list the first's
     source: Source
     params: dict[str, Any]  # params.json's keys; empty when the directory has none
     tokenizer: Path | None  # tokenizer.model or tokenizer.json beside the weights (Meta's lies one level up)
     embedding_dim: int | None  # 0 or 1: how the files split tok_embeddings; None for one file
     adapter: dict[str, Any] | None  # lora_rank, lora_alpha, ...: source also has lora_a/lora_b under these terms
-    files: list[Path] = field(default_factory=list)  # the weight files
+    files: list[Path] = field(default_factory=list)  # the weight files, of all parts
     metadata: dict[str, Any] = field(default_factory=dict)  # of a GGUF file: all its keys, the tokenizer's among them
+    parts: list[Path] = field(default_factory=list)  # what it is made of, in order; an adapter: its base and itself
+
+    def __post_init__(self) -> None:
+        self.parts = self.parts or [self.path]
 
 
-def open_checkpoint(path: str | Path, pretrained_type: str | None = None, base: str | Path | None = None) -> Checkpoint:
-    """Opens a directory, or a .gguf or .safetensors file, of any kind; `pretrained_type` insists on one of KINDS.
+def open_checkpoint(
+    path: str | Path | Sequence[str | Path], pretrained_type: str | None = None, base: str | Path | None = None
+) -> Checkpoint:
+    """Opens a directory, or a .gguf or .safetensors file, of any kind; `pretrained_type` insists on one of KINDS. A list,
+    or "a,b,c", is a whole checkpoint and what is laid over it, in order (see lists.py); both flags speak of the first.
 
     `base`: where the base of an adapter directory is, when it is no longer where adapter.json says. Raises ValueError
     naming the path or file and the remedy."""
-    path = Path(path)
     if pretrained_type is not None and pretrained_type not in KINDS:
         raise ValueError(f"--pretrained_type {pretrained_type}: choose one of {', '.join(KINDS)}")
-    if (path / ADAPTER_CONFIG).is_file():
+    path, *later = paths_of(path)
+    if later:
+        from accessory.checkpoint.lists import open_list
+
+        return open_list([path, *later], pretrained_type, base)
+    if is_adapter(path):
         return _open_over_base(path, base)
     kind, files = recognise(path, pretrained_type)
-    checkpoint = {"meta_ori": _open_pth, "consolidated": _open_pth, "hf": _open_hf, "gguf": _open_gguf}[kind](
-        path, kind, files
-    )
-    return _finish(checkpoint)
+    if kind == "consolidated_diff":
+        raise ValueError(
+            f"{path} holds only differences (*{DIFF_SUFFIX}): name what they are added to before it: BASE,{path}"
+        )
+    return _finish(open_kind(path, kind, files))
+
+
+def paths_of(path: str | Path | Sequence[str | Path]) -> list[Path]:
+    """One path, a list, or "a,b,c" (a path with a comma in its name that exists is one path)."""
+    if not isinstance(path, (str, Path)):
+        paths = [Path(p) for p in path]
+    elif Path(path).exists() or "," not in str(path):
+        return [Path(path)]
+    else:
+        paths = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
+    if not paths:
+        raise ValueError(f"--pretrained_path {path}: names no directory")
+    return paths
+
+
+def is_adapter(path: Path) -> bool:
+    return (path / ADAPTER_CONFIG).is_file() or (path / PEFT_CONFIG).is_file()
+
+
+def open_kind(path: Path, kind: str, files: list[Path], known: dict[str, Any] | None = None) -> Checkpoint:
+    """The files of one kind as they are. `known`: the params of the checkpoint that this is a part of."""
+    if kind in ("hf", "gguf"):
+        return {"hf": _open_hf, "gguf": _open_gguf}[kind](path, kind, files)
+    return _open_pth(path, kind, files, known or {})
 
 
 def recognise(path: Path, pretrained_type: str | None = None) -> tuple[str, list[Path]]:
@@ -88,9 +133,8 @@ def recognise(path: Path, pretrained_type: str | None = None) -> tuple[str, list
             f"{path} holds checkpoints of several kinds, {' and '.join(found)}: choose with --pretrained_type"
         )
     [(kind, files)] = found.items()
-    return kind, {"meta_ori": _meta_shards, "consolidated": _our_shards, "hf": _hf_files, "gguf": _gguf_file}[kind](
-        path, files
-    )
+    check = {"meta_ori": _meta_shards, "hf": _hf_files, "gguf": _gguf_file}.get(kind, _our_shards)
+    return kind, check(path, files)
 
 
 def _candidates(path: Path) -> dict[str, list[Path]]:
@@ -100,19 +144,19 @@ def _candidates(path: Path) -> dict[str, list[Path]]:
     ]
     return {
         "meta_ori": [p for p in files if META_FILE.fullmatch(p.name)],
-        "consolidated": [p for p in files if OUR_FILE.fullmatch(p.name)],
-        "hf": [p for p in files if p.name == HF_INDEX] or safetensors,
+        "consolidated": [p for p in files if OUR_FILE.fullmatch(p.name) and not p.name.endswith(DIFF_SUFFIX)],
+        "consolidated_diff": [p for p in files if OUR_FILE.fullmatch(p.name) and p.name.endswith(DIFF_SUFFIX)],
+        "hf": [p for p in files if p.name == HF_INDEXES[0]]
+        or safetensors  # where both are there, the same weights are in both
+        or [p for p in files if p.name == HF_INDEXES[1]]
+        or [p for p in files if HF_BIN.fullmatch(p.name)],
         "gguf": [p for p in files if p.suffix == ".gguf"],
     }
 
 
 def _nothing(path: Path) -> str:
     """What is there instead of a checkpoint, and what to do."""
-    looked = "no consolidated.NN.pth, consolidated.NN-of-MM.model.pth, *.safetensors or *.gguf"
-    if list(path.glob("pytorch_model*.bin")):
-        return f"pytorch_model*.bin and {looked}: transformers' save_pretrained writes safetensors"
-    if list(path.glob("*.model-diff.pth")):
-        return f"only differences (*.model-diff.pth) and {looked}: give a whole checkpoint"
+    looked = "no consolidated.NN.pth, consolidated.NN-of-MM.model.pth, *.safetensors, pytorch_model*.bin or *.gguf"
     if (path / "latest").exists():
         return f"{looked}: it is a run, its newest checkpoint is {path / 'latest'}"
     return f"{looked}: give the directory with the weight files"
@@ -137,21 +181,22 @@ def _our_shards(path: Path, files: list[Path]) -> list[Path]:
     count = int(parts[0][1])
     numbers = [int(index) for index, _ in parts]
     if gaps := sorted(set(range(count)) - set(numbers)):
-        raise ValueError(f"{path}: consolidated.{gaps[0]:02d}-of-{count:02d}.model.pth is missing: copy it too")
+        name = re.sub(r"\d\d", f"{gaps[0]:02d}", files[0].name, count=1)
+        raise ValueError(f"{path}: {name} is missing: copy it too")
     if max(numbers) >= count:
         raise ValueError(f"{path}: {files[-1].name} cannot be one of {count} shards: remove it")
     return files
 
 
 def _hf_files(path: Path, files: list[Path]) -> list[Path]:
-    if files[0].name == HF_INDEX:
+    if files[0].name in HF_INDEXES:
         return sorted(set(_weight_map(files[0]).values()))
     numbered = [m.groups() for p in files if (m := HF_FILE.fullmatch(p.name))]
     if not numbered and len(files) > 1 and path / "model.safetensors" in files:
         return [path / "model.safetensors"]
-    for stem, _, count in numbered:
+    for stem, _, count, suffix in numbered:
         for i in range(1, int(count) + 1):
-            if not (file := path / f"{stem}-{i:05d}-of-{count}.safetensors").is_file():
+            if not (file := path / f"{stem}-{i:05d}-of-{count}.{suffix}").is_file():
                 raise ValueError(f"{file}: this file of the checkpoint is missing: download it")
     return files
 
@@ -161,7 +206,7 @@ def _weight_map(index: Path) -> dict[str, Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{index}: has no weight_map: download it again")
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file:
+        if not isinstance(file, str) or file in ("", ".", "..") or re.search(r"[/\\\0]", file):
             raise ValueError(f"{index}: {name} is said to be in {file!r}, which is no file of this directory")
     return {name: index.parent / file for name, file in weight_map.items()}
 
@@ -176,41 +221,49 @@ def _gguf_file(path: Path, files: list[Path]) -> list[Path]:
     return files
 
 
-def _open_pth(path: Path, kind: str, files: list[Path]) -> Checkpoint:
+def _open_pth(path: Path, kind: str, files: list[Path], known: dict[str, Any]) -> Checkpoint:
     params = _read_params(path)
     shards = []
     for file in files:
         shard = TorchFile(file)
         shards.append(Renamed(shard, {n: n for n in shard.names() if not n.endswith(IGNORED_SUFFIXES)}))
-    source = Merged(shards, params, files)
+    source = Merged(shards, known | params, files)
     tokenizer = _tokenizer(path, TOKENIZER_FILES) or _tokenizer(path.parent, TOKENIZER_FILES[:1])
-    return Checkpoint(path, kind, source, params, tokenizer, source.embedding_dim, _lora_inside(source, params), files)
+    lora = _lora_inside(source, _params_file(path))
+    return Checkpoint(path, kind, source, params, tokenizer, source.embedding_dim, lora, files)
 
 
 def _read_params(path: Path) -> dict[str, Any]:
     """params.json, or Accessory's config.json, without nulls and without the keys of programs (LoRA is told by its
     tensors)."""
+    return {k: v for k, v in _params_file(path).items() if k not in TUNING_KEYS + RUNTIME_KEYS}
+
+
+def _params_file(path: Path) -> dict[str, Any]:
     for file in (path / "params.json", path / "config.json"):
         if file.is_file() and "hidden_size" not in (content := read_json(file)):
-            return {k: v for k, v in content.items() if v is not None and k not in TUNING_KEYS + RUNTIME_KEYS}
+            return {k: v for k, v in content.items() if v is not None}
     return {}
 
 
 def _lora_inside(source: Source, params: dict[str, Any]) -> dict[str, Any] | None:
-    """The terms of a LoRA beside its base: ours has its alpha in params.json, Accessory's no scale (alpha = rank). None
+    """The terms of a LoRA beside its base: ours has them in params.json, Accessory's no scale (alpha = rank). None
     without LoRA tensors."""
     lora = [n for n in source.names() if n.endswith(".lora_a.weight")]
     if not lora:
         return None
     ranks = sorted({source.shape(n)[0] for n in lora})
-    if len(ranks) > 1:
+    if len(ranks) > 1 and not params.get("rank_pattern"):
         raise ValueError(
             f"{lora[0]}: LoRA of several ranks ({', '.join(map(str, ranks))}) in one checkpoint is not supported"
         )
     targets = sorted({n.split(".")[-3] for n in lora})
-    bias = any(n.endswith(".bias") for n in source.names())
-    alpha = float(params.get("lora_alpha", ranks[0]))
-    terms = {"lora_rank": ranks[0], "lora_alpha": alpha, "lora_dropout": 0.0, "lora_targets": targets}
+    told = told_by_tensors(source.names())
+    bias = "attention_bias" in told and "mlp_bias" in told  # bias tuning gives all seven: Qwen2's q, k, v are its own
+    rank = params["lora_rank"] if len(ranks) > 1 else ranks[0]
+    alpha = float(params.get("lora_alpha", rank))
+    terms = {"lora_rank": rank, "lora_alpha": alpha, "lora_dropout": 0.0, "lora_targets": targets}
+    terms |= {k: params[k] for k in LORA_SCALES if params.get(k)}
     return terms | {"modules_to_save": [], "bias_tuning": bias, "norm_tuning": False}
 
 
@@ -218,13 +271,13 @@ def _open_hf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     directory = path.parent if path.is_file() else path
     config = directory / "config.json"
     if not config.is_file():
-        raise ValueError(f"{config}: is missing: a Hugging Face checkpoint needs it beside its safetensors")
+        raise ValueError(f"{config}: is missing: a Hugging Face checkpoint needs it beside its weights")
     params = hf.params_from_config(read_json(config), config)
-    index = directory / HF_INDEX
+    bin_files = files[0].suffix == ".bin"
+    index = directory / HF_INDEXES[bin_files]
     weight_map = _weight_map(index) if path.is_dir() and index.is_file() else None
-    source = hf.FromHF(
-        SafetensorsFiles(files, weight_map), params.get("head_dim") or params["dim"] // params["n_heads"]
-    )
+    weights = (TorchFiles if bin_files else SafetensorsFiles)(files, weight_map)
+    source = hf.FromHF(weights, params.get("head_dim") or params["dim"] // params["n_heads"])
     return Checkpoint(path, kind, source, params, _tokenizer(directory, TOKENIZER_FILES[::-1]), None, None, files)
 
 
@@ -232,7 +285,8 @@ def _open_gguf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     file = GGUFFile(files[0])
     factors = file.read(gguf.ROPE_FACTORS) if gguf.ROPE_FACTORS in file.names() else None
     params = gguf.params_from_metadata(file.metadata, files[0], factors)
-    source = Renamed(file, gguf.meta_names(file.names()))
+    head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
+    source = gguf.from_gguf(file, file.metadata["general.architecture"], head_dim)
     return Checkpoint(
         path, kind, source, params, _tokenizer(files[0].parent, TOKENIZER_FILES), None, None, files, file.metadata
     )
@@ -243,14 +297,25 @@ def _tokenizer(directory: Path, names: tuple[str, ...]) -> Path | None:
 
 
 def _finish(checkpoint: Checkpoint) -> Checkpoint:
-    """What the tensors tell and params.json does not: biases, and an output.weight that a tie makes superfluous."""
+    """What the tensors tell and params.json does not: biases, norms of q and k, and an output.weight that a tie makes superfluous."""
     names = checkpoint.source.names()
-    for key, part in (("attention_bias", ".attention."), ("mlp_bias", ".feed_forward.")):
-        if any(part in n and n.endswith(".bias") for n in names):
-            checkpoint.params[key] = True  # also over a params.json written before bias tuning added them
+    checkpoint.params |= told_by_tensors(names)  # also over a params.json written before bias tuning added them
     if checkpoint.params.get("tie_word_embeddings") and "output.weight" in names:
         checkpoint.source = Renamed(checkpoint.source, {n: n for n in names if n != "output.weight"})
     return checkpoint
+
+
+def told_by_tensors(names: list[str]) -> dict[str, bool]:
+    """The params.json keys that are true because such tensors are there: biases (wo's means all four), norms of q and k."""
+    parts = {".".join(n.split(".")[-3:]) for n in names}
+    qkv = any(f"attention.{linear}.bias" in parts for linear in ("wq", "wk", "wv"))
+    told = {
+        "attention_bias": "attention.wo.bias" in parts,
+        "qkv_bias": qkv and "attention.wo.bias" not in parts,
+        "mlp_bias": any(p.startswith("feed_forward.") and p.endswith(".bias") for p in parts),
+        "qk_norm": "attention.q_norm.weight" in parts,
+    }
+    return {key: True for key, there in told.items() if there}
 
 
 def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
@@ -258,7 +323,14 @@ def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
     from accessory.checkpoint.adapter import open_adapter, open_base
 
     config, tensors = open_adapter(path)
-    checkpoint = open_base(config, path, base)
+    return _finish(lay_adapter(open_base(config, path, base), path, config, tensors))
+
+
+def lay_adapter(checkpoint: Checkpoint, path: Path, config: dict[str, Any], tensors: Source) -> Checkpoint:
+    """`checkpoint` with the adapter at `path` over it. Raises ValueError for a tensor that has no counterpart in it."""
+    from accessory.checkpoint.adapter import fitted
+
+    config, tensors = fitted(config, tensors, checkpoint, path)
     known = set(checkpoint.source.names())
     for name in tensors.names():
         weight = name if not is_lora(name) else name.rsplit(".", 2)[0] + ".weight"
@@ -267,20 +339,18 @@ def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
                 f"{path / ADAPTER_FILE}: {name} has no counterpart in its base {checkpoint.path}: "
                 "give the right one with --base"
             )
-    checkpoint.params |= _read_params(path)
+    params = checkpoint.params | _read_params(path)
     if "output.weight" in tensors.names():
-        checkpoint.params["tie_word_embeddings"] = False
-    checkpoint.source = Overlay(checkpoint.source, tensors)
-    tokenizer = _tokenizer(path, TOKENIZER_FILES) or checkpoint.tokenizer
-    return _finish(
-        Checkpoint(
-            path,
-            checkpoint.kind,
-            checkpoint.source,
-            checkpoint.params,
-            tokenizer,
-            checkpoint.embedding_dim,
-            config,
-            checkpoint.files,
-        )
+        params["tie_word_embeddings"] = False
+    if "tok_embeddings.weight" in tensors.names():
+        params["vocab_size"] = tensors.shape("tok_embeddings.weight")[0]  # it may have grown
+    return replace(
+        checkpoint,
+        path=path,
+        source=Overlay(checkpoint.source, tensors),
+        params=params,
+        tokenizer=_tokenizer(path, TOKENIZER_FILES) or checkpoint.tokenizer,
+        adapter=config,
+        files=[*checkpoint.files, *(f for name in ADAPTER_FILES if (f := path / name).is_file())],
+        parts=[*checkpoint.parts, path],
     )

@@ -1,7 +1,8 @@
 """Lazy readers, one per kind of file: names, shapes and dtypes at once, data one slice at a time, nothing trusted.
 
     TorchFile         consolidated.00.pth      mmap, weights_only, zip checked before it is opened
-    SafetensorsFiles  model-*.safetensors      mmap, header checked
+    SafetensorsFile   model.safetensors        mmap, header checked
+    TorchFiles, SafetensorsFiles               several of them as one (pytorch_model-*.bin, model-*.safetensors)
     GGUFFile          model.gguf               mmap, dequantised in blocks of rows
 
 Every `read` copies its slice out of the map, and the maps are let go after every 256 MiB read, so that going through
@@ -13,16 +14,20 @@ import json
 import pickle
 import re
 import zipfile
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from accessory.weights import owned_slice
 
 MAPPED_LIMIT = 256 * 2**20  # bytes of mapped pages after which a file is closed and mapped anew
 HEADER_LIMIT = 10 * 2**20  # of a safetensors file; real ones are below 1 MiB
+GGUF_ARRAY_LIMIT = 2**22  # values in one list of a GGUF file; the largest vocabularies have 2**18 tokens
 DAMAGED = "is truncated or damaged: copy or download it again"
 
 
@@ -31,7 +36,7 @@ class TorchFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        check_zip(path)
+        self._records = check_zip(path)
         self._read_bytes = 0
         self._tensors: dict[str, Tensor] | None = self._map()
         self._meta = {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
@@ -64,22 +69,37 @@ class TorchFile:
                 raise ValueError(
                     f"{self.path}: {name!r} is a {type(tensor).__name__}, but a checkpoint holds tensors only"
                 )
+            if not _is_plain(tensor):
+                raise ValueError(
+                    f"{self.path}: {name} is {tensor.dtype}, {tensor.layout}, on {tensor.device}: "
+                    "a checkpoint holds plain tensors only"
+                )
             if tensor.nbytes > tensor.untyped_storage().nbytes():
                 raise ValueError(
                     f"{self.path}: {name} claims {tensor.nbytes} bytes, "
                     f"the file stores {tensor.untyped_storage().nbytes()}: the file is not to be trusted"
                 )
-        return {name.removeprefix("llma."): tensor for name, tensor in payload.items()}
+        storages = {s.data_ptr(): s.nbytes() for t in payload.values() if (s := t.untyped_storage()).nbytes()}
+        if odd := Counter(storages.values()) - self._records:  # a map would show the bytes of what lies behind
+            raise ValueError(f"{self.path}: {DAMAGED} (stores no tensor of {min(odd)} bytes, but its pickle says so)")
+        return {name.removeprefix("llma."): tensor.detach() for name, tensor in payload.items()}
 
 
-def check_zip(path: Path) -> None:
+def _is_plain(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, Parameter) and tensor.layout == torch.strided
+    return plain and tensor.device.type == "cpu" and tensor.dtype in SAFETENSORS_DTYPES.values()
+
+
+def check_zip(path: Path) -> Counter[int]:
     """Raises ValueError unless `path` is a complete zip of uncompressed entries no larger together than the file: a
-    compressed one can expand a thousandfold."""
+    compressed one can expand a thousandfold. Returns the sizes of the tensors stored in it."""
+    if not path.is_file():
+        raise ValueError(f"{path}: this file of the checkpoint is missing: download it")
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         with open(path, "rb") as file:
             start = file.read(4)
         if start[:1] == b"\x80":
@@ -94,6 +114,7 @@ def check_zip(path: Path) -> None:
         raise ValueError(
             f"{path}: its entries claim to be larger than the file ({size} bytes): the file is not to be trusted"
         )
+    return Counter(e.file_size for e in entries if re.search(r"/data/\d+$", e.filename))
 
 
 def load_torch(path: Path, mmap: bool = False) -> Any:
@@ -123,32 +144,15 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
         ) from error
 
 
-class SafetensorsFiles:
-    """One or several .safetensors files as one source. `weight_map` (the index's) says which file holds which name;
-    without it the headers do."""
+class SafetensorsFile:
+    """One .safetensors file."""
 
-    def __init__(self, files: list[Path], weight_map: dict[str, Path] | None = None) -> None:
-        self._handles: dict[Path, Any] = {}
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._handle: Any = None
         self._read_bytes = 0
-        self._file: dict[str, Path] = {}
-        self._meta: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        for path in files:
-            self._read_header(path)
-        for name, path in (weight_map or {}).items():
-            if self._file.get(name) != path:
-                raise ValueError(
-                    f"{path}: {name} is missing, but the index says that it is there: download the file again"
-                )
-
-    def _read_header(self, path: Path) -> None:
         header = safetensors_header(path)
-        for name, entry in header.items():
-            if name in self._file:
-                raise ValueError(
-                    f"{path}: {name} is also in {self._file[name]}: the directory mixes files of two checkpoints"
-                )
-            self._file[name] = path
-            self._meta[name] = (tuple(entry["shape"]), SAFETENSORS_DTYPES[entry["dtype"]])
+        self._meta = {n: (tuple(e["shape"]), SAFETENSORS_DTYPES[e["dtype"]]) for n, e in header.items()}
 
     def names(self) -> list[str]:
         return list(self._meta)
@@ -162,15 +166,61 @@ class SafetensorsFiles:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         from safetensors import safe_open
 
-        path = self._file[name]
-        if path not in self._handles:
-            self._handles[path] = safe_open(path, "pt")
-        whole = self._handles[path].get_tensor(name)  # a view of the map: pages are read by the copy below
+        if self._handle is None:
+            self._handle = safe_open(self.path, "pt")
+        whole = self._handle.get_tensor(name)  # a view of the map: pages are read by the copy below
         out = owned_slice(whole, dim, start, stop)
         self._read_bytes += whole.nbytes if dim else out.nbytes
         if self._read_bytes > MAPPED_LIMIT:
-            self._handles, self._read_bytes = {}, 0
+            self._handle, self._read_bytes = None, 0
         return out
+
+
+class Files:
+    """Several files, opened, as one source. `weight_map` (the index's) says which file holds which name; without it the
+    files do. Raises ValueError when two hold the same name, or one does not hold what the index says."""
+
+    def __init__(self, parts: Iterable[TorchFile | SafetensorsFile], weight_map: dict[str, Path] | None = None) -> None:
+        self._part: dict[str, TorchFile | SafetensorsFile] = {}
+        for part in parts:
+            for name in part.names():
+                if name in self._part:
+                    raise ValueError(
+                        f"{part.path}: {name} is also in {self._part[name].path}: "
+                        "the directory mixes files of two checkpoints"
+                    )
+                self._part[name] = part
+        for name, path in (weight_map or {}).items():
+            if name not in self._part or self._part[name].path != path:
+                raise ValueError(
+                    f"{path}: {name} is missing, but the index says that it is there: download the file again"
+                )
+
+    def names(self) -> list[str]:
+        return list(self._part)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._part[name].shape(name)
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._part[name].dtype(name)
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._part[name].read(name, dim, start, stop)
+
+
+class SafetensorsFiles(Files):
+    """model-00001-of-00002.safetensors and its siblings."""
+
+    def __init__(self, files: list[Path], weight_map: dict[str, Path] | None = None) -> None:
+        super().__init__(map(SafetensorsFile, files), weight_map)
+
+
+class TorchFiles(Files):
+    """pytorch_model-00001-of-00002.bin and its siblings."""
+
+    def __init__(self, files: list[Path], weight_map: dict[str, Path] | None = None) -> None:
+        super().__init__(map(TorchFile, files), weight_map)
 
 
 SAFETENSORS_DTYPES = {
@@ -201,14 +251,22 @@ def safetensors_header(path: Path) -> dict[str, dict[str, Any]]:
     try:
         with safe_open(path, "pt"):  # the library checks offsets, overlaps and that the data is all there
             pass
-        header = json.loads(raw)
-    except (SafetensorError, ValueError) as error:
+        header = json.loads(raw, object_pairs_hook=_no_twice)
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {DAMAGED} ({error})") from error
     header.pop("__metadata__", None)
     for name, entry in header.items():
         if entry["dtype"] not in SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: {name} is stored as {entry['dtype']}: take the model in bf16, fp16 or fp32")
     return header
+
+
+def _no_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's members; readers differ in which of two with one name they take."""
+    names = [name for name, _ in pairs]
+    if twice := [n for n in names if names.count(n) > 1] if len(set(names)) < len(names) else []:
+        raise ValueError(f"{twice[0]!r} is there twice")
+    return dict(pairs)
 
 
 class GGUFFile:
@@ -224,7 +282,7 @@ class GGUFFile:
             raise ValueError(f"{path}: reading GGUF needs the gguf package: pip install gguf") from None
         self.path = path
         try:
-            reader = gguf.GGUFReader(path)
+            reader = _bounded_gguf_reader(path)
             self.metadata = {name: field.contents() for name, field in reader.fields.items()}
             self._tensors = {
                 t.name: (tuple(int(n) for n in t.shape[::-1]), t.tensor_type, t.data_offset, t.n_bytes)
@@ -254,7 +312,8 @@ class GGUFFile:
         import numpy as np
 
         shape, kind, offset, count = self._tensors[name]
-        assert len(shape) <= 2, f"{name} has shape {shape}"
+        if len(shape) not in (1, 2):
+            raise ValueError(f"{self.path}: {name} has {len(shape)} dimensions, which no weight of a LLaMA has")
         if len(shape) == 1 and dim == 0:
             return owned_slice(self.read(name), dim, start, stop)
         rows, columns = shape if len(shape) == 2 else (1, shape[0])
@@ -275,6 +334,26 @@ class GGUFFile:
         return out if len(shape) == 2 else out[0]
 
 
+def _bounded_gguf_reader(path: Path) -> Any:
+    """The gguf package's reader, which takes what lies beyond the end of the file for nothing and would count to 2**64."""
+    import gguf
+    import numpy as np
+
+    class Bounded(gguf.GGUFReader):
+        def _get(self, offset: int, dtype: Any, count: int = 1, *order: Any, **override: Any) -> Any:
+            found = super()._get(offset, dtype, count, *order, **override)
+            if len(found) < count:
+                raise ValueError("cut short")
+            return found
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > GGUF_ARRAY_LIMIT:
+                raise ValueError("a list of millions of values")
+            return super()._get_field_parts(orig_offs, raw_type)
+
+    return Bounded(path)
+
+
 def file_sha256(path: str | Path) -> str:
     """The file's sha256 in hex, read in pieces."""
     import hashlib
@@ -287,7 +366,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from `path`. Raises ValueError naming the file (and the line) when it is none."""
     try:
         content = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON ({error})") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected one JSON object")

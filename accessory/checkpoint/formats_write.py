@@ -4,8 +4,8 @@
         write_meta(directory, source, params, shards=2)    consolidated.00-of-02.model.pth ... params.json
         write_hf(directory, source, args, tokenizer)       model-00001-of-00003.safetensors ... config.json
 
-One tensor is read at a time; a file's tensors are held until it is written (a shard, or --max_shard_size of
-safetensors). Test: tests/unit/test_formats.py, tests/unit/test_hf.py
+One tensor is held at a time: files are laid out first and filled in place (formats_stream.py). Tests:
+tests/unit/test_writers.py, tests/unit/test_formats.py, tests/unit/test_hf.py
 """
 
 import contextlib
@@ -19,11 +19,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.model.args import ModelArgs
+from accessory.checkpoint.formats_stream import Specs, specs_of, write_safetensors, write_torch
+from accessory.checkpoint.formats_stream import finish_torch as finish_torch  # offered here too
+from accessory.checkpoint.formats_stream import layout_torch as layout_torch
+from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.weights import Renamed, Source, expected_shapes, hf, require_keys
-from accessory.weights.reshard import split
+from accessory.weights.reshard import split, split_shapes
 
-TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+TOKENIZER_FILES = (
+    *("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -32,6 +37,13 @@ def dtype_of(flag: str | None) -> torch.dtype | None:
     if flag is not None and flag not in DTYPES:
         raise ValueError(f"--dtype {flag}: choose one of {', '.join(DTYPES)}")
     return DTYPES[flag] if flag else None
+
+
+def embedding_dim_of(flag: int) -> int:
+    """--embedding_dim 0 or 1."""
+    if flag not in (0, 1):
+        raise ValueError(f"--embedding_dim {flag}: choose 0 (Llama 3) or 1 (Llama 1, 2, Code Llama)")
+    return flag
 
 
 @contextlib.contextmanager
@@ -73,58 +85,28 @@ def write_consolidated(
     index: int = 0,
     count: int = 1,
     style: str = "consolidated",
+    specs: Specs | None = None,
 ) -> Path:
     """Writes shard `index` of `count` as a flat dict, and params.json when `params` is given; returns the shard's file.
 
-    `style`: "meta_ori" names it consolidated.00.pth, "consolidated" consolidated.00-of-02.model.pth."""
-    assert style in ("consolidated", "meta_ori") and 0 <= index < count <= 99
-    name = (
-        f"consolidated.{index:02d}.pth" if style == "meta_ori" else f"consolidated.{index:02d}-of-{count:02d}.model.pth"
-    )
+    With `specs` the tensors may be lazy: one is held at a time. `style`: "meta_ori" names the file consolidated.00.pth,
+    "consolidated" consolidated.00-of-02.model.pth, "consolidated_diff" consolidated.00-of-02.model-diff.pth."""
+    suffix = {"meta_ori": "", "consolidated": ".model", "consolidated_diff": ".model-diff"}[style]
+    assert 0 <= index < count <= 99
+    name = f"consolidated.{index:02d}{f'-of-{count:02d}' if suffix else ''}{suffix}.pth"
     file = Path(directory) / name
-    save_torch({name: _owned(tensor) for name, tensor in tensors}, file)
+    if specs is None:
+        tensors = list(tensors)
+        specs = specs_of(dict(tensors))
+    write_torch(file, specs, tensors)
     if params is not None:
         write_json(Path(directory) / "params.json", params)
     return file
 
 
-def save_torch(payload: Any, file: Path) -> None:
-    """torch.save, with a full disk as the OSError that it is."""
-    try:
-        torch.save(payload, file)
-    except RuntimeError as error:
-        if "PytorchStreamWriter failed" in str(error) or "unexpected pos" in str(error):
-            raise _not_written(file, error) from error
-        raise
-
-
 def save_safetensors(tensors: dict[str, Tensor], file: Path) -> None:
-    """safetensors' save_file, readable by whom the umask says, with a full disk as a user's error."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    try:
-        save_file(tensors, file, {"format": "pt"})
-    except SafetensorError as error:
-        if "I/O error" in str(error) or "Io" in str(error):
-            raise _not_written(file, error) from error
-        raise
-    umask = os.umask(0)
-    os.umask(umask)
-    file.chmod(0o666 & ~umask)  # the library leaves 0600
-
-
-def _not_written(file: Path, error: Exception) -> ValueError:
-    free, why = shutil.disk_usage(file.parent).free / 2**20, str(error).splitlines()[0]
-    return ValueError(
-        f"{file}: could not be written, {free:.0f} MiB are free ({why}): make room or choose another disk"
-    )
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """On the CPU, with a storage of its own size: torch.save of a view writes all that it views."""
-    tensor = tensor.detach().cpu().contiguous()
-    return tensor.clone() if tensor.untyped_storage().nbytes() != tensor.nbytes else tensor
+    """Tensors in memory as a .safetensors file, with a full disk as a user's error."""
+    write_safetensors(file, specs_of(tensors), tensors.items())
 
 
 def write_meta(
@@ -142,13 +124,16 @@ def write_meta(
     (ValueError)."""
     params = completed(source, params)
     args = ModelArgs.from_dict(params)
+    check_model_parallel(args, shards, flag="--mp")
     require_keys(source, args, "the weights")
     source = Renamed(source, {n: n for n in expected_shapes(args, args.tie_word_embeddings)})  # the model's order
     files = []
     with progress(source, shards, show_progress) as step:
         for rank in range(shards):
+            shapes = split_shapes(source, args, shards, rank, embedding_dim)
+            specs = {name: (shape, dtype or source.dtype(name)) for name, shape in shapes.items()}
             tensors = (step(name, tensor, dtype) for name, tensor in split(source, args, shards, rank, embedding_dim))
-            files.append(write_consolidated(directory, tensors, params, rank, shards, style))
+            files.append(write_consolidated(directory, tensors, params, rank, shards, style, specs))
     copy_tokenizer(tokenizer, Path(directory))
     return files
 
@@ -156,7 +141,7 @@ def write_meta(
 def completed(source: Source, params: dict[str, Any]) -> dict[str, Any]:
     """params.json's keys with vocab_size and the tie as the tensors have them."""
     params = {k: v for k, v in params.items() if v is not None}
-    if params.get("vocab_size", -1) < 0:
+    if params.get("vocab_size", -1) < 0 and "tok_embeddings.weight" in source.names():
         params["vocab_size"] = source.shape("tok_embeddings.weight")[0]
     params.setdefault("tie_word_embeddings", "output.weight" not in source.names())
     return params
@@ -199,7 +184,8 @@ def write_hf(
     with progress(target, 1, show_progress) as step:
         for i, names in enumerate(groups, 1):
             file = "model.safetensors" if len(groups) == 1 else f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            save_safetensors(dict(step(n, target.read(n), dtype) for n in names), directory / file)
+            specs = {n: (target.shape(n), dtype) for n in names}
+            write_safetensors(directory / file, specs, (step(n, target.read(n), dtype) for n in names))
             weight_map |= {name: file for name in names}
     if len(groups) > 1:
         total = sum(_bytes(target, n, dtype) for n in target.names())

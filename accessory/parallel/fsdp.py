@@ -76,6 +76,17 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def rows_of_rank(tensor: torch.Tensor) -> tuple[tuple[int, int], bool]:
+    """([first, stop) of this mp rank's rows that this dp rank holds, whether all dp ranks hold them).
+
+    FSDP2 cuts dim 0 into parts of ceil(rows / dp) rows; the last ones may be short or empty. Under ddp nothing is cut."""
+    rows, mesh = tensor.shape[0], getattr(tensor, "device_mesh", None)
+    if mesh is None or mesh.ndim == 2:
+        return (0, rows), True
+    part = -(-rows // groups.dp_size())
+    return (min(groups.dp_rank() * part, rows), min((groups.dp_rank() + 1) * part, rows)), False
+
+
 def gathered(tensor: torch.Tensor) -> torch.Tensor:
     """The dp ranks' parts put together: this mp rank's slice. Collective over dp."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

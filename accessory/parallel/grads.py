@@ -1,7 +1,7 @@
 """Between backward and the optimizer: sums that mp still owes, the norm over both cuts, clipping.
 
 A gradient here is a piece of a piece: fairscale cut the weight over mp, FSDP cut that over dp.
-    sum_partial  ->  gradient of every parameter complete        (LoRA matrices that are replicated, copies of kv heads)
+    sum_partial  ->  gradient of every parameter complete        (replicated LoRA matrices and q, k norms, copies of kv heads)
     global_norm  ->  cut parameters add over mp, replicated ones count once, both add over dp
 `torch.nn.utils.clip_grad_norm_` knows the dp cut only and gives every mp rank another, wrong norm.
 """

@@ -20,6 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+SAVE_HOURS = 2  # how long a saving thread waits for the others
+
 _cache: dict = {}  # meshes and kv groups of the present world; emptied by destroy()
 
 
@@ -135,18 +137,6 @@ def kv_group(n_kv_heads: int) -> dist.ProcessGroup | None:
     return _cache[key]
 
 
-def mesh(kind: str) -> DeviceMesh:
-    """The whole world as ("dp", "mp"), over fairscale's own groups, for tensors on this kind of device ("cpu", "cuda").
-
-    For checkpoints. Collective at the first call."""
-    if ("mesh", kind) not in _cache:
-        ranks = torch.arange(world_size()).view(-1, mp_size())
-        _cache["mesh", kind] = DeviceMesh.from_group(
-            [dp_group(), mp_group()], kind, mesh=ranks, mesh_dim_names=("dp", "mp")
-        )
-    return _cache["mesh", kind]
-
-
 def dp_mesh(data_parallel: str) -> DeviceMesh:
     """The mesh FSDP shards over: 1-D over dp for fsdp and sdp; (replicate = dp, shard = 1) for ddp. Collective at first."""
     key = ("dp_mesh", data_parallel == "ddp", device().type)
@@ -165,10 +155,25 @@ def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None, op: str =
     return tensor
 
 
-def all_gather_object(value) -> list:
-    """`value` of every rank, by global rank. Every rank calls it. Plain Python data only."""
+def any_rank(*flags: bool) -> list[bool]:
+    """Of each flag, whether it is true on some rank. Every rank calls it."""
+    return (all_reduce(torch.tensor(flags, dtype=torch.float32)) > 0).tolist()
+
+
+def save_group() -> dist.ProcessGroup:
+    """The world once more, on the CPU, for the threads that write checkpoints: a group is one thread's at a time.
+
+    Patient: rank 0 may be hashing a large base meanwhile. Collective at the first call."""
+    if "save" not in _cache:
+        _cache["save"] = dist.new_group(backend="gloo", timeout=timedelta(hours=SAVE_HOURS))
+    return _cache["save"]
+
+
+def all_gather_object(value, group: dist.ProcessGroup | None = None) -> list:
+    """`value` of every rank, by global rank (`group`: the world, or `save_group()`). Every rank calls it. Plain Python data
+    only."""
     values = [None] * world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
@@ -207,13 +212,16 @@ def barrier() -> None:
     dist.barrier()
 
 
-def together(error: BaseException | None) -> None:
+def together(error: BaseException | None, result: Any = None, group: dist.ProcessGroup | None = None) -> list:
     """Every rank calls it after a step that may fail on some rank only: all raise if one failed, none is left waiting.
+    Otherwise every rank's `result`, by rank.
 
     The failing rank raises its own error; the others a ValueError with the first failing rank's text."""
-    texts = all_gather_object(None if error is None else f"{error}" or type(error).__name__)
+    text = None if error is None else f"{error}" or type(error).__name__
+    everyone = all_gather_object((text, result), group)
     if error is not None:
         raise error
-    for other, text in enumerate(texts):
+    for other, (text, _) in enumerate(everyone):
         if text is not None:
             raise ValueError(text if text.startswith("rank ") else f"rank {other}: {text}")
+    return [value for _, value in everyone]

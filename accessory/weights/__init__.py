@@ -2,7 +2,7 @@
 
     shards of m ranks ---- reshard.Merged ---+
     Hugging Face names --- hf.FromHF --------+--> Source: whole tensors, Meta's names --> reshard.split, hf.ToHF,
-    GGUF names ----------- gguf.meta_names --+                                            lora.merged
+    GGUF names ----------- gguf.from_gguf ---+                                            lora.merged
 
 A `Source` knows names, shapes and dtypes without touching data and reads one slice at a time, so the largest thing
 ever held is one slice. The objects that open files are in `accessory/checkpoint/`. Test: tests/unit/test_reshard.py
@@ -21,7 +21,8 @@ LORA_SUFFIXES = (".lora_a.weight", ".lora_b.weight")
 REMEDIES = {  # the first that applies
     "mis-shaped": "the sizes in params.json or --llama_config belong to another model",
     "missing": "a file of this checkpoint is missing, or n_layers or tie_word_embeddings belong to another model",
-    "unexpected": "the checkpoint holds more than the model: check n_layers, attention_bias, mlp_bias, tie_word_embeddings",
+    "unexpected": "the checkpoint holds more than the model: check n_layers, attention_bias, qkv_bias, mlp_bias, qk_norm, "
+    "tie_word_embeddings",
 }
 IGNORED_SUFFIXES = ("rope.freqs", ".rotary_emb.inv_freq")  # tables that old files carry; the model computes its own
 
@@ -126,7 +127,9 @@ def expected_shapes(args: ModelArgs, tied: bool) -> dict[str, tuple[int, ...]]:
     names = ["tok_embeddings.weight"]
     for layer in range(args.n_layers):
         for kind, linears, bias in (
-            ("attention", ("wq", "wk", "wv", "wo"), args.attention_bias),
+            ("attention", ("wq", "wk", "wv"), args.attention_bias or args.qkv_bias),
+            ("attention", ("wo",), args.attention_bias),
+            ("attention", ("q_norm", "k_norm") if args.qk_norm else (), False),
             ("feed_forward", ("w1", "w2", "w3"), args.mlp_bias),
         ):
             for linear in linears:

@@ -114,7 +114,9 @@ class Merged:
         if len(self.shards) == 1 or EMBEDDING not in self.shards[0].names():
             return None
         first = self.shards[0]
-        norms = [n for n in first.names() if n.endswith("norm.weight")]
+        norms = [
+            n for n in first.names() if n.endswith(("attention_norm.weight", "ffn_norm.weight")) or n == "norm.weight"
+        ]
         dim = first.shape(norms[0])[0] if norms else params.get("dim", 4096)
         columns = [s.shape(EMBEDDING)[1] for s in self.shards]
         if all(c == dim for c in columns):
@@ -223,3 +225,18 @@ def split(source: Source, args: ModelArgs, mp: int, rank: int, embedding_dim: in
     check_model_parallel(args, mp)
     for name in source.names():
         yield name, source.read(name, *shard_range(name, source.shape(name), args, mp, rank, embedding_dim))
+
+
+def split_shapes(
+    source: Source, args: ModelArgs, mp: int, rank: int, embedding_dim: int = 0
+) -> dict[str, tuple[int, ...]]:
+    """What `split` will yield, in its order: name -> shape. Reads nothing; raises as `split` does."""
+    check_model_parallel(args, mp)
+    shapes = {}
+    for name in source.names():
+        shape = list(source.shape(name))
+        dim, start, stop = shard_range(name, shape, args, mp, rank, embedding_dim)
+        if dim is not None:
+            shape[dim] = (shape[dim] if stop is None else stop) - start
+        shapes[name] = tuple(shape)
+    return shapes

@@ -296,7 +296,7 @@ def hf_no_config(d: Path) -> None:
 def hf_other_model(d: Path) -> None:
     to_hf(d)
     config = json.loads((d / "config.json").read_text())
-    (d / "config.json").write_text(json.dumps(config | {"model_type": "qwen2"}))
+    (d / "config.json").write_text(json.dumps(config | {"model_type": "gemma"}))
 
 
 def hf_fp8(d: Path) -> None:
@@ -340,7 +340,7 @@ def to_hf(d: Path, limit: str = "5GB") -> None:
         (a_list, r"consolidated\.00\.pth: holds a list"),
         (deflated, r"consolidated\.00\.pth: holds compressed entries"),
         (claims_more, r"consolidated\.00\.pth: norm\.weight claims 4398046511104 bytes, the file stores 4"),
-        (bin_only, r"holds pytorch_model\*\.bin and no .*save_pretrained"),
+        (bin_only, r"pytorch_model-00002-of-00002\.bin: this file of the checkpoint is missing"),
         (empty_directory, r"holds no consolidated\.NN\.pth.*give the directory with the weight files"),
         (bad_json, r"params\.json: not JSON"),
         (hf_missing_file, r"model-00002-of-000\d\d\.safetensors: this file of the checkpoint is missing"),
@@ -349,7 +349,7 @@ def to_hf(d: Path, limit: str = "5GB") -> None:
         (hf_header, r"model\.safetensors: is truncated or damaged.*its header claims 1099511627776"),
         (hf_escape, r"index\.json: a is said to be in '\.\./\.\./etc/passwd'"),
         (hf_no_config, r"config\.json: is missing"),
-        (hf_other_model, r"config\.json: model_type 'qwen2' is another architecture"),
+        (hf_other_model, r"config\.json: model_type 'gemma' is another architecture"),
         (hf_fp8, r"model\.safetensors: lm_head\.weight is stored as F8_E4M3"),
         (bad_gguf, r"m\.gguf: is truncated or damaged"),
     ],

@@ -13,7 +13,7 @@ from accessory.checkpoint.formats import open_checkpoint
 from accessory.model import rope
 from accessory.model.args import ModelArgs
 from accessory.tokenizer import Tokenizer
-from accessory.weights import expected_shapes, require_keys
+from accessory.weights import expected_shapes, gguf_tokenizer, require_keys
 from accessory.weights import gguf as layout
 from tests.unit.test_reshard import random_tensors
 from tools import gguf_to_meta
@@ -172,10 +172,17 @@ def test_yarn_and_linear_scaling() -> None:
     linear = layout.params_from_metadata(base | {"llama.rope.scaling.type": "linear"}, "m.gguf")
     assert linear["rope_scaling"] == {"rope_type": "linear", "factor": 4.0} and linear["n_kv_heads"] == 4
     for extra, message in (
-        ({"general.architecture": "qwen2"}, r"m\.gguf: general\.architecture 'qwen2' is another architecture"),
+        (
+            {"general.architecture": "gemma3"},
+            r"m\.gguf: general\.architecture 'gemma3' is another .*: only llama, qwen2 and qwen3",
+        ),
         ({"llama.expert_count": 8}, "mixtures of experts"),
         ({"llama.rope.scaling.type": "longrope"}, "'longrope' is not supported"),
         ({"llama.attention.value_length": 32}, "llama.attention.value_length is 32, but the head dim is 16"),
+        ({"split.count": 3}, "part of a split GGUF: join it"),
+        ({"llama.attention.head_count": 0}, "llama.attention.head_count is 0, expected one number above 0"),
+        ({"llama.attention.head_count_kv": [2, 4]}, r"head_count_kv is \[2, 4\], expected one number"),
+        ({"llama.embedding_length": "64"}, "llama.embedding_length is 64, expected one number"),
     ):
         with pytest.raises(ValueError, match=message):
             layout.params_from_metadata(base | extra, "m.gguf")
@@ -209,10 +216,13 @@ def test_what_cannot_be_rebuilt_says_where_to_get_it(tmp_path: Path, tensors) ->
     metadata = {"tokenizer.ggml.tokens": ["a"], "tokenizer.ggml.token_type": [1], "tokenizer.ggml.merges": []}
     for extra, message in (
         ({"tokenizer.ggml.model": "bert"}, r"m\.gguf: a tokenizer of kind 'bert' .*--tokenizer_path"),
-        ({"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "qwen2"}, r"pre-tokeniser 'qwen2' .*--tokenizer_path"),
+        (
+            {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "tekken"},
+            r"pre-tokeniser 'tekken' .*--tokenizer_path",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            layout.tokenizer_files(metadata | extra, "m.gguf")
+            gguf_tokenizer.tokenizer_files(metadata | extra, "m.gguf")
     path = write(tmp_path / "m.gguf", tensors)
     os.truncate(path, path.stat().st_size - 1000)
     with pytest.raises(ValueError, match=r"m\.gguf: is truncated or damaged") as caught:
@@ -254,7 +264,7 @@ def test_smollm2_tokenizer_and_sizes(tmp_path: Path) -> None:
     )
     require_keys(checkpoint.source, args, "SmolLM2")
     assert sum(torch.Size(checkpoint.source.shape(n)).numel() for n in checkpoint.source.names()) == 134_515_008
-    for name, content in layout.tokenizer_files(checkpoint.metadata, "SmolLM2").items():
+    for name, content in gguf_tokenizer.tokenizer_files(checkpoint.metadata, "SmolLM2").items():
         (tmp_path / name).write_bytes(content)
     ours, theirs = Tokenizer.open(tmp_path), Tokenizer.open(ASSETS / "smollm2-135m/tokenizer.json")
     expected = json.loads((ASSETS / "smollm2-135m/expected.json").read_text())
@@ -262,3 +272,75 @@ def test_smollm2_tokenizer_and_sizes(tmp_path: Path) -> None:
     assert all(ours.encode(p["text"]) == p["ids"] for p in expected["prompts"])
     assert all(ours.encode(text) == theirs.encode(text) and ours.decode(ours.encode(text)) == text for text in TEXTS)
     assert (ours.bos_id, ours.eos_id, ours.vocab_size, ours.fingerprint) == (1, 2, 49152, theirs.fingerprint)
+
+
+def key(name: str, kind: int, value: bytes) -> bytes:
+    return len(name).to_bytes(8, "little") + name.encode() + kind.to_bytes(4, "little") + value
+
+
+def array(kind: int, count: int, values: bytes = b"") -> bytes:
+    return kind.to_bytes(4, "little") + count.to_bytes(8, "little") + values
+
+
+UINT8, STRING, ARRAY = 0, 8, 9
+HOSTILE = {
+    "a list of 2**60 bytes": key("k", ARRAY, array(UINT8, 2**60)),
+    "a list beyond the end": key("k", ARRAY, array(UINT8, 2**21)),
+    "lists in lists": key("k", ARRAY, array(ARRAY, 1) * 5000),
+    "empty lists in a list": key("k", ARRAY, array(ARRAY, 2**61)),
+    "a string of 2**63 letters": key("k", STRING, (2**63).to_bytes(8, "little")),
+    "an unknown type": key("k", 77, b""),
+    "a key that is no text": (2).to_bytes(8, "little") + b"\xff\xfe" + bytes(12),
+}
+
+
+@pytest.mark.parametrize("body", HOSTILE.values(), ids=HOSTILE)
+def test_a_hostile_header_is_one_line_at_once(tmp_path: Path, body: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(b"GGUF" + array(3, 0)[:4] + (0).to_bytes(8, "little") + (1).to_bytes(8, "little") + body)
+    with pytest.raises(ValueError, match=r"m\.gguf: is truncated or damaged") as caught:
+        open_checkpoint(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_every_truncation_and_many_flips_are_one_line(tmp_path: Path, tensors) -> None:
+    good = write(tmp_path / "good.gguf", tensors, KINDS).read_bytes()
+    head, random = good.rindex(b"output_norm.weight") + 64, np.random.default_rng(0)
+    flips = [bytearray(good) for _ in range(60)]
+    for data, place in zip(flips, random.integers(0, head, len(flips))):
+        data[place] ^= 1 << int(random.integers(0, 8))
+    path, refused = tmp_path / "m.gguf", 0
+    for data in [good[:n] for n in range(0, head, head // 40)] + flips:
+        path.write_bytes(data)
+        try:
+            checkpoint = open_checkpoint(path)
+            require_keys(checkpoint.source, ModelArgs.from_dict(checkpoint.params), path)
+            gguf_tokenizer.tokenizer_files(checkpoint.metadata, path)
+        except ValueError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 60  # a flip in a score, a name or a constant leaves a file that is whole
+
+
+def test_weights_of_other_shapes_and_types_are_named(tmp_path: Path, tensors) -> None:
+    def change(writer):
+        writer.add_tensor("rope_freqs.weight", np.ones((2, 3, 4), np.float32))
+
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight has 3 dimensions, which no weight of a LLaMA has"):
+        open_checkpoint(write(tmp_path / "m.gguf", tensors, change=change))
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight has shape \(5,\), but the head dim is 16"):
+        open_checkpoint(
+            write(
+                tmp_path / "n.gguf", tensors, change=lambda w: w.add_tensor("rope_freqs.weight", np.ones(5, np.float32))
+            )
+        )
+    file = open_checkpoint(write(tmp_path / "o.gguf", {**tensors, "norm.weight": torch.ones(64)}))
+    inner = file.source.source
+    inner._tensors["output_norm.weight"] = (
+        *inner._tensors["output_norm.weight"][:1],
+        gguf.GGMLQuantizationType.I32,
+        0,
+        256,
+    )
+    with pytest.raises(ValueError, match="stored as I32, which the gguf package cannot dequantise"):
+        file.source.read("norm.weight")

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from accessory import config
 from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.args import allowed_model_parallel_sizes, check_model_parallel
@@ -20,9 +21,13 @@ from accessory.model.lora import (
     ColumnLinear,
     TuningArgs,
     add_tuning,
+    folded,
     initial_value,
+    linears,
     mark_trainable,
     partial_grad,
+    saved_names,
+    saved_terms,
 )
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs
@@ -175,7 +180,7 @@ def test_step_0_is_the_base(targets: list[str]) -> None:
 def test_it_adds_alpha_over_rank_times_b_a(rank: int, alpha: float | None, scale: float) -> None:
     tuning = TuningArgs(lora_rank=rank, lora_alpha=alpha)
     model, base = tuned(tuning, trained=True)
-    assert tuning.scale == scale
+    assert tuning.scale_of("layers.1.attention.wq") == scale
     tokens, state = tokens_of(2, 12), model.state_dict()
     untouched = base(tokens)
     for name, weight in base.named_parameters():
@@ -225,6 +230,100 @@ def test_a_starts_as_pefts_and_depends_on_seed_and_name_alone() -> None:
         )
     same_shape = [v for n, v in values.items() if n.endswith(("wq.lora_a.weight", "wk.lora_a.weight"))]
     assert len(same_shape) == 4 and not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
+
+
+# --- a rank and a scale for each linear -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, ranks, scales",
+    [
+        ({}, {"layers.0.attention.wq": 4, "layers.11.feed_forward.w2.lora_b.weight": 4}, {"layers.0.attention.wq": 1.0}),
+        ({"lora_targets": ["wv"]}, {"layers.0.attention.wv.weight": 4, "layers.0.attention.wq": 0}, {"layers.0.attention.wq": 0.0}),
+        (
+            {"lora_alpha": 8.0, "use_rslora": True, "rank_pattern": {"w2": 16}},
+            {"layers.3.feed_forward.w2": 16, "layers.3.feed_forward.w1": 4},
+            {"layers.3.feed_forward.w2": 2.0, "layers.3.feed_forward.w1": 4.0},
+        ),
+        (  # the longest pattern that matches, in whatever order they stand
+            {"rank_pattern": {"layers.1": 2, "wq": 3, "layers.1.attention.wq": 0, "layers.*.feed_forward.*": 5}},
+            {"layers.1.attention.wk": 2, "layers.2.attention.wq": 3, "layers.1.attention.wq": 0, "layers.1.feed_forward.w1": 5,
+             "layers.11.attention.wk": 4},
+            {"layers.1.attention.wq": 0.0, "layers.1.attention.wk": 2.0},
+        ),
+        ({"alpha_pattern": {"wk": 6.0}, "lora_alpha": 2.0}, {"layers.1.attention.wk": 4}, {"layers.1.attention.wk": 1.5, "layers.1.attention.wv": 0.5}),
+        ({"lora_rank": 0, "rank_pattern": {"wq": 3}}, {"layers.1.attention.wq": 0}, {"layers.1.attention.wq": 0.0}),
+    ],
+)  # fmt: skip
+def test_rank_and_scale_of_each_linear(flags: dict, ranks: dict, scales: dict) -> None:
+    tuning = TuningArgs(**{"lora_rank": 4} | flags)
+    assert {n: tuning.rank_of(n) for n in ranks} == ranks
+    assert {n: tuning.scale_of(n) for n in scales} == scales
+    backwards = {k: dict(reversed(list(flags.get(k, {}).items()))) for k in ("rank_pattern", "alpha_pattern")}
+    assert {n: TuningArgs(**{"lora_rank": 4} | flags | backwards).rank_of(n) for n in ranks} == ranks
+
+
+@torch.no_grad()
+def test_a_model_of_several_ranks_and_scales() -> None:
+    tuning = TuningArgs(
+        lora_rank=4, lora_alpha=6.0, use_rslora=True, rank_pattern={"wk": 2, "layers.0.feed_forward": 0}
+    )
+    model, base = tuned(tuning, trained=True)
+    tokens, state = tokens_of(2, 12), model.state_dict()
+    assert model.layers[0].attention.wk.lora_a.weight.shape[0] == 2 and model.layers[0].feed_forward.w1.lora_a is None
+    for name, weight in base.named_parameters():
+        stem = name.removesuffix(".weight")
+        if f"{stem}.lora_b.weight" in state:
+            weight += (
+                (6.0 / (2 if stem.endswith("wk") else 4) ** 0.5)
+                * state[f"{stem}.lora_b.weight"]
+                @ state[f"{stem}.lora_a.weight"]
+            )
+    assert_near(model(tokens), base(tokens))
+
+
+def test_folded_patterns_say_the_same() -> None:
+    names = [f"layers.{i}.attention.{w}" for i in range(12) for w in ("wq", "wk")]
+    generator = torch.Generator().manual_seed(0)
+    values = {n: int(v) for n, v in zip(names, torch.randint(0, 3, (24,), generator=generator))}
+    assert folded(dict.fromkeys(names, 4), 4) == {} and folded({n: 2 if "wk" in n else 4 for n in names}, 4) == {
+        "wk": 2
+    }
+    for wanted in (values, dict.fromkeys(names, 0), {n: int("layers.1." in n) for n in names}):
+        tuning = TuningArgs(lora_rank=2, rank_pattern=folded(wanted, 2))
+        assert {n: tuning.rank_of(n) for n in names} == wanted
+
+
+def test_patterns_as_flags() -> None:
+    argv = "--lora_rank 4 --rank_pattern w2=16,layers.*.attention.wq=0 --alpha_pattern wk=1.5 --use_rslora".split()
+    [tuning] = config.parse(argv, TuningArgs)
+    assert tuning.rank_pattern == {"w2": 16, "layers.*.attention.wq": 0} and tuning.alpha_pattern == {"wk": 1.5}
+    assert tuning.use_rslora and config.parse([], TuningArgs)[0].rank_pattern == {}
+    for words, message in (
+        ("wk", "--rank_pattern wk: expected name=value pairs"),
+        ("wk=x", "--rank_pattern x: not a whole number"),
+        ("wk=-1", "--rank_pattern wk=-1: expected a whole number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config.parse(["--rank_pattern", words], TuningArgs)
+
+
+def test_what_is_saved_of_a_choice() -> None:
+    """Under --trainable the terms say what the file holds, and no LoRA is saved by halves."""
+    plain = {"lora_rank": 4, "lora_alpha": 8.0, "norm_tuning": True, "bias_tuning": True, "modules_to_save": ["output"]}
+    for chosen in ([], ["!layers.0"], ["layers.1.attention.wq.lora_b", "norm"], ["tok_embeddings"]):
+        tuning = TuningArgs(**plain, trainable=chosen)
+        model, _ = tuned(tuning)
+        trained = mark_trainable(model, tuning)
+        names, terms = saved_names(model, tuning), TuningArgs.from_terms(saved_terms(model, tuning))
+        assert set(trained) <= set(names) and terms.alpha == 8.0
+        have = {n.rsplit(".lora_", 1)[0] for n in names if ".lora_" in n}
+        assert {n for n, _ in linears(model) if terms.rank_of(n)} == have
+        assert sum(".lora_" in n for n in names) == 2 * len(have)
+        assert sum(n.endswith(".bias") for n in names) == 14
+        if chosen:
+            full = [n for n in trained if ".lora_" not in n and not n.endswith(".bias")]
+            assert terms.modules_to_save == full and not terms.norm_tuning
 
 
 # --- how weights are cut ----------------------------------------------------------------------------------------------

@@ -438,3 +438,143 @@ def test_metaspace_tokenizer_json_is_exact_as_a_continuation(tmp_path: Path) -> 
     for text in ["red", " red", *(random_text(rng) for _ in range(100))]:
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.decode(tokenizer.encode_continuation(text), after=head) == text
+
+
+# --- special tokens ---------------------------------------------------------------------------------------------------
+
+NEW = ("<START_Q>", "<END_Q>", "<START_A>", "<END_A>")  # tokens.json of Ray's fine-tuning template
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_are_atomic_and_old_ids_stay(files: dict[str, Path], kind: str) -> None:
+    base = Tokenizer.open(files[kind])
+    size, grown = base.vocab_size, base.with_special_tokens(NEW)
+    assert grown.vocab_size == size + 4 and base.vocab_size == size  # the base is not touched
+    assert [grown.special_tokens[name] for name in NEW] == [size, size + 1, size + 2, size + 3]
+    ids = grown.encode_with_specials("<START_Q>hi<END_Q>")
+    assert ids == [size, *base.encode("hi"), size + 1]
+    assert grown.decode_with_specials(ids) == "<START_Q>hi<END_Q>" and grown.decode(ids) == "hi"
+    assert grown.encode("<START_Q>hi<END_Q>") == base.encode("<START_Q>hi<END_Q>")  # typed by a user: plain text
+    assert grown.tokens() == base.tokens() + [name.encode() for name in NEW]
+    assert grown.with_special_tokens(NEW[:2]).fingerprint == grown.fingerprint != base.fingerprint
+    rng = random.Random(5)
+    for text in [*TRICKY, *CORPUS, *(random_text(rng) for _ in range(100))]:
+        for spacing in ("legacy", "plain"):
+            marked = f"<START_Q>{text}<END_Q><START_A>{text}"
+            assert grown.decode_with_specials(grown.encode_with_specials(marked, spacing), spacing) == marked
+        assert grown.encode(text) == base.encode(text)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_added_tokens_are_saved_and_opened_again(files: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    grown = Tokenizer.open(files[kind]).with_special_tokens(["<|im_end|>", *NEW])
+    grown.save(tmp_path / "run")
+    again = Tokenizer.open(tmp_path / "run")
+    again.save(tmp_path / "copy")
+    for other in (again, Tokenizer.open(tmp_path / "copy")):
+        assert other.fingerprint == grown.fingerprint and other.special_tokens == grown.special_tokens
+        assert other.vocab_size == grown.vocab_size and other.eos_ids == grown.eos_ids
+        assert other.encode_with_specials("<END_A>a<|im_end|>") == grown.encode_with_specials("<END_A>a<|im_end|>")
+    assert grown.special_tokens["<|im_end|>"] in grown.eos_ids  # ends an answer, wherever it came from
+    later = again.with_special_tokens(["<MORE>"])
+    assert later.special_tokens["<MORE>"] == grown.vocab_size
+
+
+def test_both_spacings_after_a_special_token(files: dict[str, Path]) -> None:
+    tokenizer = Tokenizer.open(files["sentencepiece"]).with_special_tokens(["<A>"])
+    a, hi, bare = tokenizer.special_tokens["<A>"], tokenizer.encode("is"), tokenizer.encode_continuation("is")
+    assert hi != bare
+    assert tokenizer.encode_with_specials("<A>is", "legacy") == [a, *hi]
+    assert tokenizer.encode_with_specials("<A>is", "plain") == [a, *bare]
+    assert tokenizer.encode_with_specials("is<A>is", "plain") == [*hi, a, *bare]
+    assert tokenizer.encode_with_specials("<A>is", "legacy", bos=True, eos=True) == [1, a, *hi, 2]
+    assert tokenizer.encode_with_specials("<s><A></s>") == [1, a, 2]
+    longer = tokenizer.with_special_tokens(["<A><B>", "<A"])  # the longest name at a place wins
+    a, ab, start = (longer.special_tokens[name] for name in ("<A>", "<A><B>", "<A"))
+    assert longer.encode_with_specials("<A><B><A><A") == [ab, a, start]
+    with pytest.raises(ValueError, match="spacing 'new': choose one of legacy, plain"):
+        tokenizer.encode_with_specials("a", "new")
+
+
+def test_the_configuration_says_the_spacing(files: dict[str, Path], tmp_path: Path) -> None:
+    Tokenizer.open(files["sentencepiece"]).with_special_tokens(["<A>"]).save(tmp_path)
+    assert Tokenizer.open(tmp_path).spacing == "legacy"
+    (tmp_path / "tokenizer_config.json").write_text('{"legacy": false}')
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer.spacing == "plain"
+    assert tokenizer.encode_with_specials("<A>is") == tokenizer.encode_with_specials("<A>is", "plain")
+
+
+def test_hugging_faces_files_name_added_tokens(files: dict[str, Path], tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer.model"
+    shutil.copyfile(files["sentencepiece"], path)
+    size = Tokenizer.open(path).vocab_size
+    decoder = {"1": {"content": "<s>"}, str(size): {"content": "[PAD]", "special": True, "lstrip": False}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"added_tokens_decoder": decoder, "pad_token": "[PAD]"}))
+    tokenizer = Tokenizer.open(path)
+    assert (tokenizer.vocab_size, tokenizer.pad_id, tokenizer.added_tokens) == (size + 1, size, {"[PAD]": size})
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<A>": size + 1}))
+    tokenizer = Tokenizer.open(path)
+    assert tokenizer.encode_with_specials("<A>[PAD]") == [size + 1, size]
+    assert tokenizer.decode([size, *tokenizer.encode("is"), size + 1]) == "is"
+
+
+def test_transformers_reads_what_is_saved(tmp_path: Path) -> None:
+    from transformers import LlamaTokenizer
+
+    tokenizer = Tokenizer.open(asset("tok_llama", "tokenizer.model")).with_special_tokens(NEW)
+    tokenizer.save(tmp_path)
+    assert json.loads((tmp_path / "added_tokens.json").read_text()) == {name: 32000 + i for i, name in enumerate(NEW)}
+    reference = LlamaTokenizer.from_pretrained(str(tmp_path), legacy=True)
+    text = "<START_Q>How many?<END_Q><START_A>Two<END_A>"
+    assert tokenizer.encode_with_specials(text, "legacy") == reference(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    "name, content, said",
+    [
+        ("added_tokens.json", "[1]", "added_tokens.json: not a JSON object"),
+        ("added_tokens.json", '{"<A>": "x"}', "'<A>': 'x' is not the id of a token"),
+        ("added_tokens.json", '{"<A>": -1}', "'<A>': -1 is not the id of a token"),
+        ("added_tokens.json", '{"<A>": 99999999999}', "is not the id of a token"),
+        ("added_tokens.json", '{"<A>": 5}', "id 5 is '<0x02>' here and '<A>' in added_tokens.json"),
+        ("added_tokens.json", '{"<A>": 400, "<B>": 400}', "id 400 has two names"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"x": {"content": "<A>"}}}', "added_tokens_decoder is not"),
+        ("tokenizer_config.json", '{"added_tokens_decoder": {"400": "<A>"}}', "added_tokens_decoder is not"),
+    ],
+)
+def test_wrong_added_tokens_are_refused(files: dict, tmp_path: Path, name: str, content: str, said: str) -> None:
+    shutil.copyfile(files["sentencepiece"], tmp_path / "tokenizer.model")
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=said) as error:
+        Tokenizer.open(tmp_path)
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("token", ["", " ", " <A>", "<A>\n", 7])
+def test_a_special_token_is_a_name(files: dict[str, Path], kind: str, token: str) -> None:
+    with pytest.raises(ValueError, match="special token .*: expected a text without spaces around it"):
+        Tokenizer.open(files[kind]).with_special_tokens([token])
+
+
+def test_a_piece_of_the_vocabulary_becomes_special_where_it_is(files: dict[str, Path]) -> None:
+    for kind in ("sentencepiece", "hf"):
+        base = Tokenizer.open(files[kind])
+        [piece] = [p for p in base.tokens() if p.decode(errors="replace") == "re"]
+        tokenizer = base.with_special_tokens(["re"])
+        assert tokenizer.vocab_size == base.vocab_size
+        assert tokenizer.special_tokens["re"] == base.tokens().index(piece)
+
+
+def test_llama3_and_its_tokenizer_json_have_the_same_tokens() -> None:
+    from accessory.data.bpe import llama3_content
+    from accessory.tokenizer import HuggingFace
+
+    base = Tokenizer.open(asset("tok_llama3", "tokenizer.model"))
+    other = HuggingFace(base.path, json.dumps(llama3_content(base)).encode())
+    assert other.tokens() == base.tokens() and other.fingerprint != base.fingerprint
+    assert (other.bos_id, other.eos_ids, other.add_bos) == (base.bos_id, base.eos_ids, base.add_bos)
+    rng = random.Random(6)
+    for text in [*TRICKY, *CORPUS, *LLAMA3_GOLDEN, *(random_text(rng) for _ in range(300))]:
+        assert other.encode(text) == base.encode(text) and other.decode(other.encode(text)) == text

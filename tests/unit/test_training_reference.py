@@ -80,6 +80,29 @@ CASES: dict[str, dict[str, Any]] = {  # model: test_llama.peer's keys; tuning, o
         "loop": {"batch_size": 1, "accum_iter": 6},
         "checkpointing": True,
     },
+    "Qwen2, full, tied, GQA, accumulation, clipping": {
+        "model": {"kind": "Qwen2", "n_kv_heads": 2, "tie_word_embeddings": True},
+        "optim": {"lr": 2e-3, "weight_decay": 0.1, "clip_grad": 1.0},
+        "loop": {"batch_size": 2, "accum_iter": 3},
+    },
+    "Qwen3, full, GQA": {
+        "model": {"kind": "Qwen3", "n_kv_heads": 2, "head_dim": 16},
+        "optim": {"lr": 1e-3, "clip_grad": 1.0},
+        "loop": {"batch_size": 6},
+    },
+    "Qwen2, LoRA on the biased three": {
+        "model": {"kind": "Qwen2", "n_kv_heads": 2},
+        "tuning": {"lora_rank": 4, "lora_alpha": 8.0, "lora_targets": ["wq", "wk", "wv"]},
+        "optim": {"lr": 1e-2, "clip_grad": 0.5},
+        "loop": {"batch_size": 3, "accum_iter": 2},
+    },
+    "Qwen3, LoRA, wq and wk, norms": {
+        "model": {"kind": "Qwen3", "n_kv_heads": 2, "head_dim": 16},
+        "tuning": {"lora_rank": 2, "lora_targets": ["wq", "wk"], "norm_tuning": True},
+        "optim": {"lr": 3e-2},
+        "loop": {"batch_size": 6},
+        "checkpointing": True,
+    },
     "biases and norms": {
         "model": {"n_kv_heads": 2},
         "tuning": {"bias_tuning": True, "norm_tuning": True},
