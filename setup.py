@@ -10,6 +10,7 @@ from setuptools import find_packages, setup
 HF = ["tokenizers", "tiktoken"]
 GGUF = ["gguf", "tokenizers"]
 TENSORBOARD = ["tensorboard"]
+CORPUS = ["pyarrow", "zstandard"]
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "psutil", "transformers", "peft"]
 
 setup(
@@ -36,6 +37,7 @@ setup(
         "hf": HF,
         "gguf": GGUF,
         "tensorboard": TENSORBOARD,
+        "corpus": CORPUS,
         "test": sorted({*HF, *GGUF, *TENSORBOARD, *TEST}),
     },
 )

@@ -24,7 +24,9 @@ from accessory.tokenizer import Tokenizer
 class GenerateArgs:
     """Generation"""
 
-    pretrained_path: str = flag("", "checkpoint directory (or .gguf), or an adapter saved by a run")
+    pretrained_path: str = flag(
+        "", "checkpoint directory (or .gguf), an adapter saved by a run, or a list a,b,c of them"
+    )
     base: str | None = flag(None, "an adapter's base, when it is no longer where its adapter.json says")
     pretrained_type: str | None = flag(
         None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")

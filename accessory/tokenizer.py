@@ -11,23 +11,46 @@ text only; hf: only added tokens that are not marked special are matched). BOS a
 `eos=` alone: the post-processor of a tokenizer.json is never run, so nothing is added twice. `decode` gives special
 tokens no text, so decode(encode(text, bos=True, eos=True)) == text wherever the tokenizer's normaliser loses nothing.
 
-Test: pytest tests/unit/test_tokenizer.py
+Where special tokens are wanted out of a text, `encode_with_specials` reads them and `decode_with_specials` writes them.
+`with_special_tokens` adds some as new ids after the vocabulary; `save` keeps them where Hugging Face does, in
+added_tokens.json beside a tokenizer.model and inside a tokenizer.json, and `open` reads them back. The text after a
+special token has two spellings where sentencepiece puts a space before a text:
+
+    legacy   <A>hi -> [A, "▁hi"]    every part is a text of its own     transformers' legacy=True, and all before 4.31
+    plain    <A>hi -> [A, "hi"]     only the first part gets the space  transformers' legacy=False
+
+The files themselves are read in tokenizer_files.py. Test: pytest tests/unit/test_tokenizer.py
 """
 
-import base64
 import hashlib
 import importlib
 import json
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-# What may lie beside a tokenizer and name its BOS and EOS, strongest first; the model's config.json comes after them.
-SIDECARS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+from accessory.tokenizer_files import (
+    ADDED_FILE,
+    LLAMA3_SPLIT,
+    MAX_BYTES,
+    SIDECARS,
+    TIKTOKEN_LINE,
+    added_beside,
+    find,
+    from_byte_level,
+    id_list,
+    llama3_parts,
+    read_ranks,
+    require,
+    sidecars,
+    to_byte_level,
+)
+
+SPACINGS = ("legacy", "plain")
+PLACEHOLDER = re.compile(r"(?i)[<\[]\W*(unused|reserved|extra|dummy)\w*\W*[>\]]")
 # (BOS, EOS) of a tokenizer.json with nothing beside it: the first pair that is among its added tokens. A fine-tune adds
 # ChatML's pair to a base that has <s> or <|begin_of_text|>, so the base's come first; SmolLM2 has ChatML's alone.
 KNOWN_PAIRS = (
@@ -39,14 +62,6 @@ KNOWN_PAIRS = (
 )
 # Further tokens that end an answer, whatever a tokenizer.json calls its EOS.
 STOP_TOKENS = ("<|eom_id|>", "<|eot_id|>", "<|im_end|>")
-MAX_BYTES = 2**28  # the largest known has 2**25; a checkpoint named by mistake is not read
-TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\s")
-# Llama 3's pattern, limits on what tiktoken gets at once, and names, as in llama-models 0.3.0, llama3/tokenizer.py.
-LLAMA3_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|"
-    r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-LLAMA3_MAX_CHARS, LLAMA3_MAX_RUN = 400_000, 25_000
 LLAMA3_SPECIAL_COUNT = 256
 LLAMA3_SPECIAL_TOKENS = (
     *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
@@ -64,6 +79,10 @@ class Tokenizer:
     eos_ids     every id that ends an answer, eos_id first (Llama 3: end_of_text, eom, eot); () where there is none
     add_bos     whether this family's models expect BOS before a text: sentencepiece and Llama 3 do; a tokenizer.json
                 as its post-processor says (SmolLM2: no); `add_bos_token` in a tokenizer_config.json beside it wins
+    special_tokens  name -> id of every token that stands for no text: control pieces, Llama 3's 256, what was added
+    added_tokens    those of them that stand in ADDED_FILE, not in the tokenizer's own file
+    spacing     "legacy" | "plain", what `encode_with_specials` does unless told: as `legacy` in a tokenizer_config.json
+                beside it says, else legacy
     """
 
     kind: str
@@ -73,6 +92,7 @@ class Tokenizer:
     pad_id: int | None = None
     eos_ids: tuple[int, ...] = ()
     add_bos: bool = False
+    spacing: str = "legacy"
     standard_name = "tokenizer.model"
 
     @staticmethod
@@ -92,8 +112,10 @@ class Tokenizer:
             return HuggingFace(file, raw)
         return Tiktoken(file, raw) if TIKTOKEN_LINE.match(raw) else SentencePiece(file, raw)
 
-    def __init__(self, path: Path, raw: bytes):
-        self.path = path
+    def __init__(self, path: Path, raw: bytes, added: dict[str, int] | None = None):
+        self.path, self.raw = path, raw
+        self.special_tokens: dict[str, int] = {}
+        self.added_tokens = dict(added) if added is not None else self._added_beside()
         self._load(raw)
         if not self.vocab_size:
             raise ValueError(f"{path} holds no tokens: check --tokenizer_path, or copy the file again")
@@ -104,6 +126,87 @@ class Tokenizer:
         head = [self._required(self.bos_id, "BOS")] if bos else []
         tail = [self._required(self.eos_id, "EOS")] if eos else []
         return head + self._ids(text) + tail
+
+    def encode_with_specials(
+        self, text: str, spacing: str | None = None, bos: bool = False, eos: bool = False
+    ) -> list[int]:
+        """The ids of `text`, in which the names in `special_tokens` are those tokens, the longest name first.
+
+        Not for what a user typed: that goes through `encode`. `spacing`: see above; None: the tokenizer's own."""
+        if spacing not in (None, *SPACINGS):
+            raise ValueError(f"spacing {spacing!r}: choose one of {', '.join(SPACINGS)}")
+        ids: list[int] = []
+        for part in self._special_names.split(text) if self.special_tokens else [text]:
+            if part in self.special_tokens:
+                ids.append(self.special_tokens[part])
+            elif part:
+                whole = not ids or (spacing or self.spacing) == "legacy"
+                ids += self._ids(part) if whole else self.encode_continuation(part)
+        return [*self.encode("", bos=bos), *ids, *self.encode("", eos=eos)]
+
+    def decode_with_specials(self, ids: Sequence[int], spacing: str | None = None) -> str:
+        """The text of `ids` with the special tokens by name: what `encode_with_specials` of that spacing was given."""
+        names = {i: name for name, i in self.special_tokens.items()}
+        text, part = "", []
+        legacy, anchor = (spacing or self.spacing) == "legacy", self._ids(":")
+        for i in [*map(int, ids), None]:
+            if i is not None and i not in names:
+                part.append(i)
+                continue
+            text += self.decode(part, after=() if legacy or not text else anchor)
+            text, part = text + names.get(i, ""), []
+        return text
+
+    def with_special_tokens(self, tokens: Iterable[str]) -> "Tokenizer":
+        """This tokenizer with `tokens` as special tokens: a new object, ids after the last one, in the order given.
+
+        A name that is special already keeps its id; one that is a piece (sentencepiece, tokenizer.json) keeps its id
+        too and is special from now on. ValueError for a name that is empty or has spaces around it."""
+        tokens = list(dict.fromkeys(tokens))
+        for token in tokens:
+            if not isinstance(token, str) or not token or token != token.strip():
+                raise ValueError(f"special token {token!r}: expected a text without spaces around it")
+        return self._with_added([token for token in tokens if token not in self.special_tokens])
+
+    def _with_added(self, tokens: list[str]) -> "Tokenizer":
+        after, added = self.vocab_size, dict(self.added_tokens)
+        for token in tokens:
+            known = self._id_of(token)
+            added[token] = after if known is None else known
+            after += known is None
+        return type(self)(self.path, self.raw, added)
+
+    def _added_beside(self) -> dict[str, int]:
+        return added_beside(self.path)
+
+    def _take_added(self) -> None:
+        """Puts `added_tokens` among `special_tokens`, once the file's own are there, and counts them. What tells only
+        that a token of the file's own is special is no addition."""
+        size, taken = self.vocab_size, {}
+        for token, i in sorted(self.added_tokens.items(), key=lambda item: item[1]):
+            if i < size and self._piece(i) != token and not self._is_placeholder(i):
+                if self.kind == "sentencepiece" and token not in self.special_tokens:
+                    raise ValueError(
+                        f"{self.path}: id {i} is {self._piece(i)!r} here and {token!r} in {ADDED_FILE} or {SIDECARS[0]} "
+                        "beside it: they belong to different tokenizers, remove the wrong one"
+                    )
+                continue
+            if i in taken.values():
+                raise ValueError(f"{self.path.with_name(ADDED_FILE)}: id {i} has two names: repair it")
+            if token not in self.special_tokens:
+                taken[token] = i
+        self.added_tokens = taken
+        self.special_tokens |= taken
+        self.vocab_size = max([size, *(i + 1 for i in taken.values())])
+
+    def _is_placeholder(self, token: int) -> bool:
+        """Whether the file keeps this id free for a special token: "<reserved_7>", "[UNUSED_TOKEN_141]"."""
+        return bool(PLACEHOLDER.fullmatch(self._piece(token)))
+
+    @cached_property
+    def _special_names(self) -> re.Pattern[str]:
+        names = sorted(self.special_tokens, key=len, reverse=True)
+        return re.compile("(" + "|".join(map(re.escape, names)) + ")")
 
     def encode_continuation(self, text: str) -> list[int]:
         """The ids of `text` as it goes on after earlier text: without the space that sentencepiece puts before a text.
@@ -134,31 +237,35 @@ class Tokenizer:
             digest.update(len(piece).to_bytes(4, "little") + piece)
         return digest.hexdigest()
 
+    def tokens(self) -> list[bytes]:
+        """What each id stands for: equal entries mean the same token, whatever the kinds (a Llama 3 tiktoken file and
+        its tokenizer.json give the same list). Sentencepiece's space stays "▁"; b"" for an id that nothing has."""
+        return list(self._pieces())
+
+    def split_token(self, token: bytes) -> list[int]:
+        """The ids in this tokenizer of one token of another, as `tokens` gives it."""
+        return self.encode_continuation(token.decode(errors="replace").replace("▁", " "))
+
     def save(self, directory: str | Path) -> Path:
-        """Copies the file under its kind's standard name, and what beside it names its BOS and EOS. -> the copy."""
+        """Writes the file under its kind's standard name, the added tokens, and copies what beside it names its BOS and
+        EOS. -> the file."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for source, name in [(self.path, self.standard_name), *((self.path.with_name(n), n) for n in SIDECARS)]:
+        for name in SIDECARS:
+            source = self.path.with_name(name)
             if source.is_file() and source.resolve() != (directory / name).resolve():
                 shutil.copyfile(source, directory / name)
-        return directory / self.standard_name
+        file = directory / self.standard_name
+        if not file.is_file() or file.read_bytes() != self.raw:
+            file.write_bytes(self.raw)
+        if self.added_tokens:
+            (directory / ADDED_FILE).write_text(json.dumps(self.added_tokens, indent=2, ensure_ascii=False) + "\n")
+        return file
 
     def _required(self, token: int | None, name: str) -> int:
         if token is None:
             raise ValueError(f"{self.path} names no {name} token: put its tokenizer_config.json beside it")
         return token
-
-
-def find(path: Path) -> Path:
-    """A file as it is; in a directory tokenizer.model, else tokenizer.json. ValueError where there is neither."""
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        raise ValueError(f"--tokenizer_path {path}: no such file or directory")
-    for name in ("tokenizer.model", "tokenizer.json"):
-        if (path / name).is_file():
-            return path / name
-    raise ValueError(f"--tokenizer_path {path}: no tokenizer.model or tokenizer.json there: name the file itself")
 
 
 class SentencePiece(Tokenizer):
@@ -177,22 +284,39 @@ class SentencePiece(Tokenizer):
                 f"{self.path} ({len(raw)} bytes) is no complete tokenizer file (sentencepiece, Llama-3 tiktoken or "
                 "tokenizer.json): check --tokenizer_path, or copy the file again"
             ) from None
-        ids = (self.model.bos_id(), self.model.eos_id(), self.model.pad_id())
-        self.bos_id, self.eos_id, self.pad_id = (None if i < 0 else i for i in ids)
-        self.eos_ids = () if self.eos_id is None else (self.eos_id,)
-        self.add_bos = self.bos_id is not None and bool(sidecars(self.path).get("add_bos_token", True))
+        special = (i for i in range(self.vocab_size) if self.model.is_control(i) or self.model.is_unknown(i))
+        self.special_tokens = {self._piece(i): i for i in special}
+        self._take_added()
+        beside = sidecars(self.path)
+        own = {"bos": self.model.bos_id(), "eos": self.model.eos_id(), "pad": self.model.pad_id()}
+        named = {name: self._id_of(str(beside.get(f"{name}_token", ""))) for name in own}
+        ids = (named[name] if named[name] is not None else i if i >= 0 else None for name, i in own.items())
+        self.bos_id, self.eos_id, self.pad_id = ids
+        stops = (self.eos_id, own["eos"], *(self.added_tokens.get(name) for name in STOP_TOKENS))
+        self.eos_ids = tuple(dict.fromkeys(i for i in stops if i is not None and i >= 0))
+        self.add_bos = self.bos_id is not None and bool(beside.get("add_bos_token", True))
+        self.spacing = "legacy" if beside.get("legacy", True) else "plain"
 
     def _ids(self, text: str) -> list[int]:
         return self.model.encode(text)
 
     def _text(self, ids: list[int]) -> str:
-        return self.model.decode(ids)
+        added = set(self.added_tokens.values())
+        return self.model.decode([i for i in ids if i not in added] if added else ids)
 
     def _piece(self, token: int) -> str:
-        return self.model.id_to_piece(token)
+        if token < self.model.vocab_size():
+            return self.model.id_to_piece(token)
+        return next((name for name, i in self.added_tokens.items() if i == token), "")
+
+    def _id_of(self, token: str) -> int | None:
+        found = self.special_tokens.get(token, self.model.piece_to_id(token))
+        return found if token in self.special_tokens or found != self.model.unk_id() else None
 
     def _pieces(self) -> Iterator[bytes]:
-        return (self._piece(i).encode() for i in range(self.vocab_size))
+        names = {i: name for name, i in self.added_tokens.items()}
+        size = self.model.vocab_size()
+        return ((self._piece(i) if i < size else names.get(i, "")).encode() for i in range(self.vocab_size))
 
 
 class Tiktoken(Tokenizer):
@@ -209,10 +333,12 @@ class Tiktoken(Tokenizer):
         self.model = tiktoken.Encoding(
             name=self.path.name, pat_str=LLAMA3_SPLIT, mergeable_ranks=self.ranks, special_tokens=special
         )
-        self.special_tokens, self.vocab_size = special, len(self.ranks) + len(special)
+        self.special_tokens, self.vocab_size = dict(special), len(self.ranks) + len(special)
+        self._take_added()
         self.bos_id, self.eos_id = special["<|begin_of_text|>"], special["<|end_of_text|>"]
         self.pad_id = special["<|finetune_right_pad_id|>"]
-        self.eos_ids = (self.eos_id, special["<|eom_id|>"], special["<|eot_id|>"])
+        stops = (self.added_tokens.get(name) for name in STOP_TOKENS)
+        self.eos_ids = (self.eos_id, special["<|eom_id|>"], special["<|eot_id|>"], *(i for i in stops if i is not None))
         self.add_bos = True
 
     def _ids(self, text: str) -> list[int]:
@@ -224,36 +350,19 @@ class Tiktoken(Tokenizer):
     def _piece(self, token: int) -> str:
         return ""  # byte-level: no space is ever added
 
+    def _id_of(self, token: str) -> int | None:
+        return self.special_tokens.get(token)
+
     def _pieces(self) -> Iterator[bytes]:
         yield from sorted(self.ranks, key=self.ranks.__getitem__)
-        yield from (name.encode() for name in self.special_tokens)
+        names = {i: name for name, i in self.special_tokens.items()}
+        yield from (names.get(i, "").encode() for i in range(len(self.ranks), self.vocab_size))
 
-
-def read_ranks(path: Path, raw: bytes) -> dict[bytes, int]:
-    """The lines "base64 rank" of a tiktoken file. ValueError names the line that is none, or a rank that is missing."""
-    ranks: dict[bytes, int] = {}
-    for number, line in enumerate(raw.splitlines(), 1):
+    def split_token(self, token: bytes) -> list[int]:
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:  # binascii.Error is one too
-            if line.strip():
-                raise ValueError(f"{path}:{number}: not a line 'base64-token rank': copy the file again") from None
-    missing = set(range(len(ranks))) - set(ranks.values())
-    if missing or not all(bytes([b]) in ranks for b in range(256)):
-        what = f"rank {min(missing)}" if missing else "a single byte"
-        raise ValueError(f"{path}: {what} is missing among its {len(ranks)} tokens: copy the file again")
-    return ranks
-
-
-def llama3_parts(text: str) -> Iterator[str]:
-    """`text` cut where Meta's code cuts it, so that tiktoken's regex survives: every 400,000 characters, and inside
-    those wherever a run of spaces, or of anything but spaces, is longer than 25,000."""
-    for start in range(0, len(text), LLAMA3_MAX_CHARS):
-        part = text[start : start + LLAMA3_MAX_CHARS]
-        runs = (m.span() for m in re.finditer(r"\s+|\S+", part)) if len(part) > LLAMA3_MAX_RUN else ()
-        cuts = [cut for first, stop in runs for cut in range(first + LLAMA3_MAX_RUN, stop, LLAMA3_MAX_RUN)]
-        yield from (part[a:b] for a, b in pairwise([0, *cuts, len(part)]))
+            return self._ids(token.decode())
+        except UnicodeDecodeError:  # a part of a character
+            return [self.ranks[bytes([b])] for b in token]
 
 
 class HuggingFace(Tokenizer):
@@ -272,7 +381,42 @@ class HuggingFace(Tokenizer):
         self.model.no_truncation()
         self.model.encode_special_tokens = True  # as text, that is
         self.vocab_size = max(self.model.get_vocab(with_added_tokens=True).values(), default=-1) + 1
-        self._find_special_ids(sidecars(self.path), self._post_processor_bos())
+        decoder = self.model.get_added_tokens_decoder().items()
+        self.special_tokens = {token.content: i for i, token in decoder if token.special}
+        beside = sidecars(self.path)
+        self.spacing = "plain" if beside.get("legacy") is False else "legacy"
+        self._find_special_ids(beside, self._post_processor_bos())
+
+    def _added_beside(self) -> dict[str, int]:
+        return {}  # they are in the file itself
+
+    def _with_added(self, tokens: list[str]) -> "Tokenizer":
+        content = json.loads(self.raw.decode("utf-8-sig"))
+        known = {token: self.model.token_to_id(token) for token in tokens}
+        new = iter(range(self.vocab_size, self.vocab_size + len(tokens)))
+        ids = {token: next(new) if i is None else i for token, i in known.items()}
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        entries = [{"id": i, "content": token, **flags, "special": True} for token, i in ids.items()]
+        others = [entry for entry in content.get("added_tokens") or [] if entry["content"] not in ids]
+        content["added_tokens"] = sorted([*others, *entries], key=lambda entry: entry["id"])
+        grown = HuggingFace(self.path, json.dumps(content, ensure_ascii=False).encode())
+        if wrong := [token for token, i in ids.items() if grown.special_tokens.get(token) != i]:
+            raise ValueError(f"{self.path}: {wrong[0]!r} cannot be added: the ids of this vocabulary have gaps")
+        return grown
+
+    @cached_property
+    def _reads_specials(self) -> Any:
+        """The library's tokenizer of the file as Hugging Face runs it, special tokens read out of the text."""
+        return importlib.import_module("tokenizers").Tokenizer.from_str(self.raw.decode("utf-8-sig"))
+
+    def encode_with_specials(
+        self, text: str, spacing: str | None = None, bos: bool = False, eos: bool = False
+    ) -> list[int]:
+        """As above; without `spacing` by the file's own rules, for spaces around a special token too (Hugging Face)."""
+        if spacing is not None:
+            return super().encode_with_specials(text, spacing, bos, eos)
+        ids = self._reads_specials.encode(text, add_special_tokens=False).ids
+        return [*self.encode("", bos=bos), *ids, *self.encode("", eos=eos)]
 
     def _post_processor_bos(self) -> int | None:
         """The one id that the file's own post-processor puts before a text, if it does."""
@@ -307,38 +451,18 @@ class HuggingFace(Tokenizer):
     def _pieces(self) -> Iterator[bytes]:
         return (self._piece(i).encode() for i in range(self.vocab_size))
 
+    @cached_property
+    def byte_level(self) -> bool:
+        """Whether pieces are written in GPT-2's alphabet, a character for each byte."""
+        return "ByteLevel(" in str(self.model.decoder)
 
-def sidecars(path: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of special tokens, a stronger file over a weaker one, nulls left out:
-    {bos,eos,pad}_token as strings, {bos,eos,pad}_token_id, add_bos_token. ValueError names a file that is no object."""
-    said: dict[str, Any] = {}
-    for name in ("config.json", *reversed(SIDECARS)):
-        file = path.with_name(name)
-        if not file.is_file():
-            continue
-        try:
-            content = json.loads(file.read_bytes())
-        except ValueError as error:
-            raise ValueError(f"{file}: not JSON ({error}): repair or remove it") from None
-        if not isinstance(content, dict):
-            raise ValueError(f"{file}: not a JSON object: repair or remove it")
-        for key, value in content.items():
-            if isinstance(value, dict) and key.endswith("_token"):
-                value = value.get("content")
-            if value is not None and re.fullmatch(r"(bos|eos|pad)_token(_id)?|add_bos_token", key):
-                said[key] = value
-    return said
+    def tokens(self) -> list[bytes]:
+        if not self.byte_level:
+            return super().tokens()
+        added = {i: token.content for i, token in self.model.get_added_tokens_decoder().items()}
+        return [added[i].encode() if i in added else from_byte_level(self._piece(i)) for i in range(self.vocab_size)]
 
-
-def id_list(value: int | list[int] | None, vocab_size: int) -> list[int]:
-    """generation_config's *_token_id, one id or several, without those that the tokenizer does not have."""
-    values = value if isinstance(value, list) else [value]
-    return [i for i in values if isinstance(i, int) and 0 <= i < vocab_size]
-
-
-def require(library: str, path: Path) -> Any:
-    """The imported library; ValueError with the line that installs it where it is not there."""
-    try:
-        return importlib.import_module(library)
-    except ImportError:
-        raise ValueError(f"{path} needs the package {library}: pip install {library}") from None
+    def split_token(self, token: bytes) -> list[int]:
+        if not self.byte_level:
+            return super().split_token(token)
+        return [part.id for part in self.model.model.tokenize(to_byte_level(token))]

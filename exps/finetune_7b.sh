@@ -41,7 +41,7 @@ seed=${seed:-0}                                           # order of the data
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source exps/setup_env.sh run
 if [ "${SMOKE:-0}" = 1 ]; then                            # other values for the same variables, nothing else
-  [ -d output/smoke/tiny ] || "$python" tools/make_tiny.py --dst output/smoke/tiny --model_parallel_size 2
+  [ -d output/smoke/tiny ] || "$python" tools/make_tiny.py --dst output/smoke/tiny --mp 2
   smoke pretrained_path=output/smoke/tiny data_config=output/smoke/tiny/data.yaml exp_name=smoke/finetune_7b \
     nproc_per_node=2 model_parallel=2 precision=fp32 batch_size=2 accum_iter=2 epochs=1 max_steps=4 max_seq_len=256 lr=1e-3
 fi

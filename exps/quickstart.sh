@@ -24,7 +24,7 @@ source exps/setup_env.sh run
 if [ "${SMOKE:-0}" = 1 ]; then                             # other values for the same variables, nothing else
   smoke work=output/smoke/quickstart pretrained_path=output/smoke/tiny data_config=output/smoke/tiny/data.yaml \
     question="What colour is grass?" max_steps=4 more_steps=0 batch_size=4 accum_iter=1 lr=1e-2
-  [ -d output/smoke/tiny ] || "$python" tools/make_tiny.py --dst output/smoke/tiny --model_parallel_size 2
+  [ -d output/smoke/tiny ] || "$python" tools/make_tiny.py --dst output/smoke/tiny --mp 2
 fi
 total_steps=$((max_steps + more_steps))
 report() { "$python" exps/quickstart_report.py "$work" "$max_steps"; }
@@ -85,7 +85,7 @@ mkdir "$work/answers"
 ask run/latest & asked=($!)
 if [ ! -d "$work/merged" ]; then
   title "4. Adapter + base -> one model in Meta's files"
-  "$python" tools/merge_lora.py --base "$pretrained_path" --adapter "$work/run/latest" --dst "$work/merged"
+  "$python" tools/merge_lora.py --base "$pretrained_path" --adapters "$work/run/latest" --dst "$work/merged"
 fi
 ask merged & asked+=($!)
 if [ ! -d "$work/hf" ]; then

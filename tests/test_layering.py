@@ -23,10 +23,11 @@ MAY_IMPORT = {  # package or module of accessory -> what of accessory it may imp
     "weights": {"model", "config"},
     "data": {"tokenizer", "config", "log"},
     "checkpoint": {"parallel", "model", "weights", "config", "log"},
-    "train": {"parallel", "model", "checkpoint", "data", "config", "log"},
+    "train": {"parallel", "model", "checkpoint", "data", "tokenizer", "config", "log"},
     "generation": {"model", "parallel", "tokenizer", "checkpoint", "data", "config", "log"},
     "main_finetune": ALL,
     "main_generate": ALL,
+    "main_pretrain": ALL,
 }
 EXCEPTIONS = {("accessory/model/pretrained.py", "checkpoint")}  # inside from_pretrained's function only
 COLLECTIVES = {  # the only files outside accessory/parallel/ that import torch.distributed, and what of it

@@ -39,10 +39,10 @@ def base_record(checkpoint: Checkpoint, hashes: bool = True, show_progress: bool
     rank."""
     from tqdm import tqdm
 
-    parts = [str(part.resolve()) for part in checkpoint.parts]
+    parts = [str(part.resolve()) for part in checkpoint.parts if checkpoint.files]  # none of random weights
     files = {_key(checkpoint.parts, f): f for f in checkpoint.files}
     record: dict[str, Any] = {
-        "path": parts if len(parts) > 1 else parts[0],
+        "path": parts[0] if len(parts) == 1 else parts,
         "size": {key: f.stat().st_size for key, f in files.items()},
     }
     if hashes:

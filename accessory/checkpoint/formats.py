@@ -22,7 +22,7 @@ from typing import Any
 from accessory.checkpoint.formats_read import GGUFFile, SafetensorsFiles, TorchFile, TorchFiles, read_json
 from accessory.checkpoint.peft import PEFT_CONFIG
 from accessory.model.args import RUNTIME_KEYS, TUNING_KEYS
-from accessory.weights import IGNORED_SUFFIXES, Overlay, Renamed, Source, gguf, hf, is_lora
+from accessory.weights import IGNORED_SUFFIXES, Overlay, Renamed, Source, TensorSource, gguf, hf, is_lora
 from accessory.weights.reshard import Merged
 
 KINDS = ("meta_ori", "consolidated", "hf", "gguf")
@@ -55,6 +55,11 @@ class Checkpoint:
 
     def __post_init__(self) -> None:
         self.parts = self.parts or [self.path]
+
+
+def without_files(name: str, kind: str, params: dict[str, Any]) -> Checkpoint:
+    """A checkpoint without weights, for a model that draws its own."""
+    return Checkpoint(Path(name), kind, TensorSource({}), params, None, None, None)
 
 
 def open_checkpoint(

@@ -31,6 +31,7 @@ from accessory.parallel import groups
 from accessory.parallel.fsdp import local, rows_of_rank
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+MIXED = "a file is missing, or the directory mixes files of two checkpoints"
 STATE_FILE = re.compile(r"state-(\d{5})-of-(\d{5})\.safetensors")
 
 Box = tuple[tuple[int, int], ...]  # [start, stop) on every dimension
@@ -165,9 +166,6 @@ class StateFiles:
         if file not in self._handles:
             self._handles[file] = safe_open(file, "pt")
         return self._handles[file]
-
-
-MIXED = "a file is missing, or the directory mixes files of two checkpoints"
 
 
 def state_files(directory: Path) -> list[Path]:

@@ -1,12 +1,15 @@
 """Batches in an order that is a pure function of (seed, epoch, position): nothing here depends on what ran before.
 
-    one epoch   perm = a permutation of the examples drawn from (seed, epoch)
+    one epoch   perm = a permutation of the examples drawn from (seed, epoch), or the data set's own, lazy
     window w    perm[w*G : (w+1)*G], G = sequences_per_step: one optimizer step; the last of an epoch may be short
                 | micro batch 0: rank 0 | rank 1 | ... | micro batch 1: rank 0 | rank 1 | ... |
                   each cell `batch_size` examples; an empty cell is a filler sequence without labels
 
 So every rank gets ceil(G / (batch_size * dp_size)) micro batches of every window (collectives meet), each example comes
 exactly once an epoch, and which examples a step sees does not depend on the number of ranks or on batch_size.
+
+An item of the data set is one Example, or a list of them that belong together: a block of text cut at its documents.
+It counts as one of `batch_size` and `sequences_per_step`; its parts are sequences like any other.
 
 Padding-free: a micro batch is its sequences one after the other, with positions from 0 in each and their edges in
 `cu_seqlens`. Legend: N tokens of a micro batch, S sequences in it. Ranks arrive as integers; tensors are on the CPU.
@@ -22,6 +25,7 @@ from torch import Tensor
 
 from .sft import Example, ordered_map, rng
 
+Item = Example | list[Example]
 IGNORED = -100  # a label that is no target
 FILLER = Example(np.zeros(2, np.int32), 2)
 
@@ -55,7 +59,7 @@ def micro_batches(sequences_per_step: int, batch_size: int, dp_size: int) -> int
 
 
 def train_windows(
-    dataset: Sequence[Example],
+    dataset: Sequence[Item],
     *,
     batch_size: int,
     sequences_per_step: int,
@@ -68,50 +72,60 @@ def train_windows(
 ) -> Iterator[Window]:
     """The windows of one epoch for one dp rank, from `start_window` on (a resumed run names the next one).
 
-    `num_workers` threads prepare windows ahead; they change nothing but the speed."""
+    The order is dataset.epoch_order(seed, epoch) where there is such a method: something that gives the item at a
+    position, len(dataset) of them; else a permutation that is drawn at once. `num_workers` threads prepare windows ahead;
+    they change nothing but the speed."""
     assert 0 <= dp_rank < dp_size and batch_size > 0 < sequences_per_step, (dp_rank, dp_size, batch_size)
     total, count = (
         windows_per_epoch(len(dataset), sequences_per_step),
         micro_batches(sequences_per_step, batch_size, dp_size),
     )
     assert 0 <= start_window <= total, (start_window, total)
-    perm = rng(seed, epoch).permutation(len(dataset))
+    own = getattr(dataset, "epoch_order", None)
+    perm = own(seed, epoch) if own else rng(seed, epoch).permutation(len(dataset))
 
     def window(w: int) -> Window:
-        ids = perm[w * sequences_per_step : (w + 1) * sequences_per_step].tolist()
-        cells = [cell(ids, m * dp_size + dp_rank, batch_size) for m in range(count)]
-        examples = [dataset[i] for i in ids]
+        places = range(w * sequences_per_step, min((w + 1) * sequences_per_step, len(dataset)))
+        ids = [int(perm[place]) for place in places]
+        items = [dataset[i] for i in ids]
+        cells = [cell(range(len(ids)), m * dp_size + dp_rank, batch_size) for m in range(count)]
         return Window(
-            micro_batches=[collate([dataset[i] for i in c] or [FILLER]) for c in cells],
-            num_tokens=sum(num_targets(e) for e in examples),
-            num_all_tokens=sum(len(e.ids) for e in examples),
-            sample_ids=[i for c in cells for i in c],
+            micro_batches=[collate([items[k] for k in c] or [FILLER]) for c in cells],
+            num_tokens=sum(num_targets(e) for e in items),
+            num_all_tokens=sum(len(e.ids) for item in items for e in parts(item)),
+            sample_ids=[ids[k] for c in cells for k in c],
         )
 
     return ordered_map(window, range(start_window, total), num_workers)
 
 
-def eval_batches(dataset: Sequence[Example], *, eval_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+def eval_batches(dataset: Sequence[Item], *, eval_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
     """Every example exactly once over all ranks, in the data set's order; equally many batches on each (fillers)."""
     assert 0 <= dp_rank < dp_size and eval_batch_size > 0, (dp_rank, dp_size, eval_batch_size)
-    ids = list(range(len(dataset)))
+    ids = range(len(dataset))
     for step in range(windows_per_epoch(len(ids), eval_batch_size * dp_size)):
         chosen = cell(ids, step * dp_size + dp_rank, eval_batch_size)
         yield collate([dataset[i] for i in chosen] or [FILLER])
 
 
-def cell(ids: list[int], index: int, batch_size: int) -> list[int]:
+def cell(ids: range, index: int, batch_size: int) -> range:
     """The index-th run of batch_size ids; shorter, or empty, at the end."""
     return ids[index * batch_size : (index + 1) * batch_size]
 
 
-def num_targets(example: Example) -> int:
-    """Tokens that a loss is computed on: neither the prompt's nor the sequence's first."""
-    return max(len(example.ids) - max(example.prompt_len, 1), 0)
+def parts(item: Item) -> list[Example]:
+    """The sequences of an item."""
+    return [item] if isinstance(item, Example) else item
 
 
-def collate(examples: list[Example]) -> Batch:
-    """Sequences -> one batch, end to end, without padding."""
+def num_targets(item: Item) -> int:
+    """Tokens that a loss is computed on: neither the prompt's nor a sequence's first."""
+    return sum(max(len(e.ids) - max(e.prompt_len, 1), 0) for e in parts(item))
+
+
+def collate(items: list[Item]) -> Batch:
+    """Items -> one batch, their sequences end to end, without padding."""
+    examples = [example for item in items for example in parts(item)]
     lengths = np.array([len(e.ids) for e in examples])
     ends = np.cumsum(lengths)
     starts = ends - lengths

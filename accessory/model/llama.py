@@ -228,9 +228,12 @@ class Transformer(nn.Module):
 
         Drawn from (seed, name) for the whole matrix and then cut: the same model at every model-parallel size."""
         for name in [n for n, _ in self.named_parameters()]:
-            value = local_slice(self, name, partial(self._draw, name, seed))
-            set_parameter(self, name, value.to(device=device, dtype=dtype))
+            set_parameter(self, name, self.drawn(name, seed).to(device=device, dtype=dtype))
         return self
+
+    def drawn(self, name: str, seed: int) -> Tensor:
+        """This rank's part of one parameter's random start."""
+        return local_slice(self, name, partial(self._draw, name, seed))
 
     def _draw(self, name: str, seed: int, shape: tuple[int, ...]) -> Tensor:
         if "norm." in name:

@@ -208,13 +208,16 @@ def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
 
 
 def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
-    """This rank's part of a parameter that no file gives: A as PEFT starts it (Kaiming, a = sqrt 5), B and biases zero.
+    """This rank's part of a parameter that no file gives: A as PEFT starts it (Kaiming, a = sqrt 5), B and biases zero, a
+    model's own weights as `Transformer.init_weights` has them.
 
     Drawn from (seed, name) for the whole matrix and then cut, so every mp rank and every layout starts equal."""
     from accessory.model.llama import local_slice  # one rule for cutting
 
-    if ".lora_a." not in name:
+    if ".lora_b." in name or name.endswith(".bias"):
         return torch.zeros(model.get_parameter(name).shape)
+    if ".lora_a." not in name:
+        return model.drawn(name, seed)
     return local_slice(model, name, lambda shape: _kaiming(name, shape, seed))
 
 

@@ -17,6 +17,8 @@ from accessory.model.llama import Transformer, global_shape, local_range, pad_ro
 from accessory.model.lora import TuningArgs, add_tuning, initial_value
 from accessory.parallel import groups
 
+FRESH = "fresh"  # the kind of a checkpoint without files, whose weights are drawn
+
 
 def load(
     path: str | Path | Sequence[str | Path],
@@ -72,6 +74,20 @@ def open_pretrained(
     )
 
 
+def open_fresh(llama_config: Sequence[str | Path], vocab_size: int) -> tuple[Any, ModelArgs]:
+    """(an empty Checkpoint, ModelArgs) for training from random weights: `fill` draws them. `vocab_size`: where the files
+    leave it open."""
+    from accessory.checkpoint.formats import without_files
+
+    args = ModelArgs.from_files(llama_config)
+    args = replace(
+        args,
+        vocab_size=args.vocab_size if args.vocab_size > 0 else vocab_size,
+        tie_word_embeddings=bool(args.tie_word_embeddings),
+    )
+    return without_files("random weights", FRESH, args.to_dict()), args
+
+
 def carried_tuning(checkpoint: Any) -> TuningArgs:
     """The adapters that the checkpoint itself brings; no tuning when it brings none."""
     return TuningArgs.from_terms(checkpoint.adapter or {})
@@ -81,7 +97,8 @@ def build(checkpoint: Any, args: ModelArgs, tuning: TuningArgs) -> Transformer:
     """The empty model with what the tuning adds; every key and shape checked against the files."""
     model = Transformer(args)
     add_tuning(model, tuning)
-    check_keys(model, checkpoint, tuning)
+    if checkpoint.kind != FRESH:
+        check_keys(model, checkpoint, tuning)
     return model
 
 

@@ -107,11 +107,14 @@ def fit(
     sample: Callable[[int], None] | None,
     save_best: bool,
     save: Callable[[TrainState], None],
+    save_failed: Callable[[], bool] = lambda: False,
+    finish_save: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from `state` to the last step. Every rank calls it with its own dp view of the same data.
 
-    Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite gradient. Returns the state reached; it is
-    short of the last step only after SIGTERM or SIGINT, and saved."""
+    `save` may go on after it returns: `save_failed` is asked every step, and where it is true on some rank `finish_save`,
+    which waits for it, is to raise on all. Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite
+    gradient. Returns the state reached, saved; it is short of the last step only after SIGTERM or SIGINT."""
     device, dp_size = groups.device(), groups.dp_size()
     per_step = args.sequences_per_step(dp_size)
     windows = windows_per_epoch(len(train_set), per_step)
@@ -220,7 +223,9 @@ def fit(
             }
             late = (Late(torch.stack((loss_mean, norm, skipped_total, in_a_row))), record)
 
-            stop = groups.all_reduce(torch.tensor(float(signals.received is not None))).item() > 0
+            stop, failed = groups.any_rank(signals.received is not None, save_failed())
+            if failed:
+                finish_save()
             done = stop or state.step >= max_steps
             evaluates, saves = done or state.step % eval_every == 0, done or state.step % save_every == 0
             if evaluates or saves:
@@ -236,6 +241,7 @@ def fit(
                 clock.lap()
             if done:
                 break
+    finish_save()
     signals.restore()
     return state
 

@@ -1,6 +1,7 @@
 """What a run will do and hold, before it starts: parameters, the trained set, memory per rank, steps, tokens.
 
-    weights + gradients + moments   exact: counted from the model, cut over mp and dp
+    weights + gradients + moments   exact: counted from the model, cut over mp and dp; once more, without gradients, for the copy
+                                    that is written while training goes on (in host memory: not counted on a GPU)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype
     activations                     4 D + (4 D + 4 F) / mp values a token and layer, autograd's saved tensors; checkpointing keeps D
     the program itself              Python, torch, libraries: measured
@@ -34,8 +35,7 @@ def plan(
     dp = 1 if parallel.data_parallel == "ddp" else groups.dp_size()
     known = set(checkpoint.source.names())
     compute = DTYPES[parallel.precision].itemsize
-    longest = sorted((len(train_set[i].ids) for i in range(len(train_set))), reverse=True)[: loop_args.batch_size]
-    tokens = sum(longest)
+    tokens = sum(longest(train_set, loop_args.batch_size))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     trained_count = sum(p.numel() for _, p in trained)
@@ -50,6 +50,7 @@ def plan(
         "gathered": gathered * compute,
         "activations": activations(model, tokens, compute, parallel.checkpointing),
         "loss": 3 * CHUNK_BYTES + (4 * model.head.numel() if model.head.requires_grad else 0),
+        "checkpoint": trained_count * 12 / dp if groups.device().type == "cpu" else 0,  # the copy that is being saved
         "program": PROGRAM_GB * 1e9 if groups.device().type == "cpu" else 0,
     }
     totals = whole_counts(model, trained)
@@ -61,6 +62,13 @@ def plan(
         "sequences_per_step": loop_args.sequences_per_step(groups.dp_size()), "largest_micro_batch": tokens,
         "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens,
     }  # fmt: skip
+
+
+def longest(train_set: Any, count: int) -> list[int]:
+    """Tokens of the `count` longest items: the data set's own answer, or all of them looked at."""
+    if hasattr(train_set, "longest"):
+        return train_set.longest(count)
+    return sorted((len(train_set[i].ids) for i in range(len(train_set))), reverse=True)[:count]
 
 
 def activations(model: Transformer, tokens: int, compute: int, checkpointing: bool) -> float:

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from accessory.checkpoint import export
+from accessory.checkpoint import export, resume
+from accessory.checkpoint.pieces import pieces
+from accessory.checkpoint.save import Saver
 from accessory.data.sft import Example
-from accessory.main_finetune import materialise
+from accessory.train.start import materialise
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
-from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad
+from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
 from accessory.model.pretrained import build
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs, local
@@ -38,6 +40,8 @@ TUNINGS: dict[str, dict[str, Any]] = {
     "lora+saved": {"lora_rank": 4, "modules_to_save": ["tok_embeddings", "output"]},
     "bias+norm": {"bias_tuning": True, "norm_tuning": True},
 }
+
+BASE: dict[str, Any] = {"path": "/nowhere", "size": {}, "sha256": {}}
 
 
 @dataclass(frozen=True)
@@ -94,7 +98,7 @@ def case_weights(case: Case) -> dict[str, torch.Tensor]:
     args, weights = case.args, random_weights(case.args)
     if case.tuning_args.lora_rank:
         generator = torch.Generator().manual_seed(1)
-        for name in [n for n in weights if n.split(".")[-2] in case.lora_targets]:
+        for name in [n for n in weights if n.endswith(".weight") and n.split(".")[-2] in case.lora_targets]:
             shape = (weights[name].shape[0], case.lora_rank)
             weights[name.replace(".weight", ".lora_b.weight")] = torch.randn(shape, generator=generator) * 0.2
     assert args.vocab_size == 101
@@ -127,7 +131,7 @@ def prepare(case: Case, weights: dict[str, torch.Tensor] | None = None) -> Run:
     groups.init(case.mp)
     assert groups.dp_size() == case.dp, (case, groups.world_size())
     source = TensorSource(case_weights(case) if weights is None else weights)
-    checkpoint = SimpleNamespace(source=source, path=Path("random"), adapter=None)
+    checkpoint = SimpleNamespace(source=source, path=Path("random"), kind="tensors", adapter=None)
     model = build(checkpoint, case.args, case.tuning_args)
     trained = mark_trainable(model, case.tuning_args)
     parallel = ParallelArgs(case.mp, case.data_parallel, precision=case.precision, checkpointing=case.checkpointing)
@@ -146,18 +150,61 @@ def train(
     save=lambda state: None,
     save_steps: int = 10**6,
     objective=objectives.next_token,
+    saver: Saver | None = None,
+    validates: bool = True,
 ) -> TrainState:
-    """loop.fit, up to `steps` optimizer steps of the two epochs (None: all six)."""
+    """loop.fit, up to `steps` optimizer steps (None: all six of two epochs). `saver` instead of `save`: as a run saves."""
+    saving: dict[str, Any] = {"save": save}
+    if saver is not None:
+        saving = {"save": lambda state: saver.start(state.step, state.to_json()), "save_failed": saver.failed}
+        saving["finish_save"] = saver.finish
     case, loop_args = run.case, run.case.loop_args
     loop_args.save_steps = save_steps
     loop_args.max_steps = steps or loop_args.total_steps(-(-EXAMPLES // GROUP))
     assert case.cut[0] * case.cut[1] * case.dp == GROUP
+
+    def evaluate() -> dict[str, float]:
+        return loop.evaluate(run.model, objectives.next_token, examples(), 7, show_progress=False)
+
     run.state = loop.fit(
         run.model, run.optimizer, run.rules, objective, examples(), run.state, loop_args, OPTIM,
         precision=case.precision, data_parallel=case.data_parallel, num_workers=0, run_log=run,  # type: ignore[arg-type]
-        evaluate=lambda: loop.evaluate(run.model, objectives.next_token, examples(), 7, show_progress=False), sample=None, save_best=False, save=save,
+        evaluate=evaluate if validates else None, sample=None, save_best=False, **saving,
     )  # fmt: skip
     return run.state
+
+
+def saver(run: Run, directory: Path, keep_last: int | None = None) -> Saver:
+    """What writes the run's checkpoints as main_finetune's does: the model, or the adapter. Collective."""
+    tuning, params = run.case.tuning_args, run.case.args.to_dict()
+    terms, names = saved_terms(run.model, tuning), saved_names(run.model, tuning)
+    about, also = lambda: {"base": BASE}, lambda into: []
+    beside = export.Adapter(names, terms, params, about, also)
+    if not tuning.partly:
+        beside = export.Weights(run.model, params, {}, int(run.case.tied), about, also)
+    return Saver(directory, run.model, run.optimizer, names, beside, keep_last)
+
+
+def write_model(run: Run, into: Path, params: dict[str, Any], embedding_dim: int = 0) -> None:
+    """The run's model as its mp ranks' consolidated files, in fp32. Collective; the directory is there."""
+    weights, held = export.Weights(run.model, params, {}, embedding_dim, dict, lambda into: []), pieces(run.model)
+    layouts = groups.all_gather_object(weights.lay_out(into))
+    tensors = {n: local(p.detach())[: held[n].rows] for n, p in run.model.named_parameters()}
+    weights.write(into, layouts, held, tensors)
+    groups.barrier()
+    weights.complete(into, 0)
+    groups.barrier()
+
+
+def resumed(case: Case, path: Path) -> Run:
+    """A new run, its weights spoilt first, with what the checkpoint holds."""
+    run = prepare(case)
+    with torch.no_grad():
+        for parameter in (p for p in run.model.parameters() if p.requires_grad):
+            parameter.add_(1.0)
+    saved = resume.load(path, run.model, run.optimizer)
+    run.state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
+    return run
 
 
 def contents(run: Run) -> dict[str, torch.Tensor]:
@@ -173,10 +220,22 @@ def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
     return [n for n in a.keys() | b.keys() if n not in a or n not in b or not torch.equal(a[n], b[n])]
 
 
+def whole(args: ModelArgs, name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """The unsharded parameter, or gradient, gathered: true rows, each kv head once. Collective over the world."""
+    value, dim = tensor.detach().full_tensor(), shard_dim(name)
+    if dim is None:
+        return value
+    parts = groups.gather_over_mp(value)
+    if kv_copied(name):
+        parts = parts[:: max(1, groups.mp_size() // args.kv_heads)]
+    value = torch.cat(parts, dim)
+    return value[: args.vocab_size] if name in ("tok_embeddings.weight", "output.weight") else value
+
+
 def whole_gradients(run: Run) -> dict[str, torch.Tensor]:
     """The unsharded gradient of every trained parameter. Collective; call between sum_partial and the optimizer."""
     named = dict(run.model.named_parameters())
-    return {n: export.whole(run.case.args, n, named[n].grad).clone() for n in run.trained}
+    return {n: whole(run.case.args, n, named[n].grad).clone() for n in run.trained}
 
 
 def keep_first_gradients(run: Run) -> dict[str, torch.Tensor]:

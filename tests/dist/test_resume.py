@@ -5,65 +5,23 @@ wrong while saving, on whichever rank, leaves the earlier checkpoints and nothin
 import json
 import math
 import os
-import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
-from accessory.checkpoint import export, resume
+from accessory.checkpoint import export, resume, save
 from accessory.checkpoint.formats import open_checkpoint
 from accessory.parallel import groups
 from accessory.train.state import TrainState
 from tests.dist import runs
 from tests.dist.runs import Case
 from tests.helpers import run_ranks
-
-BASE = {"path": "/nowhere", "size": {}, "sha256": {}}
-
-
-def saver(run: runs.Run, directory: Path, keep_last: int | None = None, keep_step: int | None = None, write=None):
-    """A save function for loop.fit that writes what a real run writes: the model, or the adapter."""
-    tuning, params = run.case.tuning_args, run.case.args.to_dict()
-    terms = {
-        k: getattr(tuning, k)
-        for k in ("lora_rank", "lora_dropout", "lora_targets", "modules_to_save", "bias_tuning", "norm_tuning")
-    }
-    terms |= {"lora_alpha": tuning.scale * tuning.lora_rank, "base": BASE}
-
-    def write_weights(into: Path) -> list[Path]:
-        if tuning.partly:
-            return export.write_trained(into, run.model, run.trained, terms, params, run.state.step)
-        return export.write_model(into, run.model, params, {}, embedding_dim=int(run.case.tied))
-
-    def save(state: TrainState) -> None:
-        resume.save(
-            directory,
-            state.step,
-            run.model,
-            run.optimizer,
-            state.to_json(),
-            write or write_weights,
-            {"base": BASE},
-            keep_last,
-            keep_step,
-        )
-
-    return save
-
-
-def resumed(case: Case, path: Path) -> runs.Run:
-    """A new run, its weights spoilt first, with what the checkpoint holds."""
-    run = runs.prepare(case)
-    with torch.no_grad():
-        for parameter in (p for p in run.model.parameters() if p.requires_grad):
-            parameter.add_(1.0)
-    saved = resume.load(path, run.model, run.optimizer)
-    run.state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
-    return run
-
 
 # --- what is loaded is what was saved ---------------------------------------------------------------------------------
 
@@ -73,18 +31,20 @@ def unbroken_and_resumed(these: list[tuple[Case, Path]]) -> list[tuple]:
     results = []
     for case, directory in these:
         run, at = runs.prepare(case), {}
-        write = saver(run, directory)
+        saver = runs.saver(run, directory)
+        begin = saver.start
 
-        def save(state, run=run, at=at, write=write):
-            write(state)
-            at[state.step] = runs.contents(run)
+        def start(step, state, run=run, at=at, begin=begin):
+            begin(step, state)
+            at[step] = runs.contents(run)
 
-        runs.train(run, save=save, save_steps=2)
+        saver.start = start
+        runs.train(run, saver=saver, save_steps=2)
         wrong, empty = [], sum(local.numel() == 0 for local in at[6].values())
         for step in (2, 4):
-            other = resumed(case, directory / f"step_{step:08d}")
+            other = runs.resumed(case, directory / f"step_{step:08d}")
             wrong += runs.differ(runs.contents(other), at[step])
-            runs.train(other, save=saver(other, directory / "again"))
+            runs.train(other, saver=runs.saver(other, directory / "again"))
             wrong += runs.differ(runs.contents(other), at[6])
             keys = ("step", "loss", "grad_norm", "lr", "tokens", "epoch")
             wrong += [
@@ -93,7 +53,7 @@ def unbroken_and_resumed(these: list[tuple[Case, Path]]) -> list[tuple]:
                 if any(a[k] != b[k] for k in keys)
             ]
             wrong += runs.mp_copies_differ(other)
-        wholes = {n: export.whole(case.args, n, p).clone() for n, p in run.model.named_parameters() if n in run.trained}
+        wholes = {n: runs.whole(case.args, n, p).clone() for n, p in run.model.named_parameters() if n in run.trained}
         results.append((wrong, empty, wholes if groups.rank() == 0 else {}))
     return results
 
@@ -147,11 +107,11 @@ def check_weights_beside_the_state(case: Case, path: Path, wholes: dict[str, tor
 def saved_in_one_mode_loaded_in_another(directory: Path) -> list[str]:
     case, wrong = Case(2, 2, "full", heads="12/1", cut=(2, 2)), []
     run = runs.prepare(case)
-    runs.train(run, steps=2, save=saver(run, directory))
+    runs.train(run, steps=2, saver=runs.saver(run, directory))
     wholes = {n: p.full_tensor().clone() for n, p in run.model.named_parameters()}
     moments = {n: run.optimizer.state[p]["exp_avg_sq"].full_tensor().clone() for n, p in run.model.named_parameters()}
     for mode in ("sdp", "ddp"):
-        other = resumed(Case(**{**vars(case), "data_parallel": mode}), directory / "latest")
+        other = runs.resumed(Case(**{**vars(case), "data_parallel": mode}), directory / "latest")
         wrong += [n for n, p in other.model.named_parameters() if not torch.equal(p.full_tensor(), wholes[n])]
         found = {n: other.optimizer.state[p]["exp_avg_sq"].full_tensor() for n, p in other.model.named_parameters()}
         wrong += runs.differ(found, moments)
@@ -167,7 +127,7 @@ def test_data_parallel_may_change_between_save_and_load(tmp_path):
 
 def save_once(case: Case, directory: Path, steps: int) -> None:
     run = runs.prepare(case)
-    runs.train(run, steps=steps, save=saver(run, directory), save_steps=1)
+    runs.train(run, steps=steps, saver=runs.saver(run, directory), save_steps=1)
 
 
 def test_one_flipped_bit_in_any_file_is_noticed_and_named(tmp_path):
@@ -198,8 +158,12 @@ def test_one_flipped_bit_in_any_file_is_noticed_and_named(tmp_path):
             assert f"{file} is missing" in (resume.problem(path) or "")
             file.write_bytes(whole)
         assert resume.find(path.parent, "auto") == (path.resolve(), [])
-    assert {"manifest.json", "params.json", "adapter.json", "adapter.safetensors", "state.json", ".metadata"} < kinds
-    assert {"consolidated.00-of-02.model.pth", "__0_0.distcp", "__1_0.distcp"} < kinds
+    assert {"manifest.json", "params.json", "adapter.json", "adapter.safetensors", "state.json"} < kinds
+    assert {
+        "consolidated.00-of-02.model.pth",
+        "state-00000-of-00002.safetensors",
+        "state-00001-of-00002.safetensors",
+    } < kinds
 
 
 def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path):
@@ -217,44 +181,113 @@ def test_a_damaged_checkpoint_is_passed_over_for_an_older_whole_one(tmp_path):
         resume.find(tmp_path, str(tmp_path / "nothing"))
 
 
-class Evil:
-    def __init__(self, call, *args):
-        self.call = call, args
+@pytest.fixture(scope="module")
+def two_saves(tmp_path_factory):
+    """Steps 1 and 2 of a LoRA run on two ranks."""
+    directory = tmp_path_factory.mktemp("two")
+    run_ranks(save_once, Case(2, 1, "lora"), directory, 2, world=2)
+    return directory
 
-    def __reduce__(self):
-        return self.call
 
-
-def load_evil(case: Case, path: Path) -> str:
+def refused(case: Case, path: Path) -> str:
     with pytest.raises(ValueError) as caught:
-        resumed(case, path)
+        runs.resumed(case, path)
     return str(caught.value)
 
 
-def test_a_metadata_pickle_with_code_in_it_is_refused(tmp_path):
-    case = Case(1, 1, "lora")
-    run_ranks(save_once, case, tmp_path, 1, world=1)
-    mark, file = tmp_path / "mark", tmp_path / "step_00000001" / "resume" / ".metadata"
-    honest = file.read_bytes()
-    by_attribute = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x02os\x93."
-    through_a_class = b"\x80\x04\x8c\x27torch.distributed.checkpoint.filesystem\x8c\x17FileSystemWriter.__init__\x93."
-    attacks = [pickle.dumps(Evil(os.system, f"touch {mark}"), protocol) for protocol in (2, 4)]
-    attacks += [
-        pickle.dumps(Evil(eval, f"open({str(mark)!r}, 'w')")),
-        pickle.dumps(Evil(getattr, Path, "touch")),
-        by_attribute,
-        through_a_class,
-    ]
-    attacks += [
-        pickle.dumps({"state_dict_metadata": Evil(exec, f"open({str(mark)!r}, 'w')")}),
-        honest[: len(honest) // 2],
-        b"",
-    ]
-    for attack in attacks:
-        file.write_bytes(attack)
-        message = run_ranks(load_evil, case, tmp_path / "step_00000001", world=1)[0]
-        assert str(file) in message and "do not load it" in message
-        assert not mark.exists()
+def mixed_up(directory: Path, change: Callable[[Path, Path], None]) -> str:
+    """What a run on two ranks says of step 1's state when `change(its resume/, that of step 2)` has been there."""
+    one, two = (directory / f"step_{n:08d}" / "resume" for n in (1, 2))
+    shutil.copytree(one, keep := one.with_name("kept"))
+    try:
+        change(one, two)
+        texts = run_ranks(refused, Case(2, 1, "lora"), one.parent, world=2)
+    finally:
+        shutil.rmtree(one)
+        keep.rename(one)
+    assert all("\n" not in text for text in texts)
+    return texts[0]
+
+
+FIRST, SECOND = "state-00000-of-00002.safetensors", "state-00001-of-00002.safetensors"
+
+
+def rewrite(file: Path, change: Callable[[dict, dict], None]) -> None:
+    """`change(tensors, pieces)`, and the file with what is left of them."""
+    with safe_open(file, "pt") as handle:
+        tensors, where = {n: handle.get_tensor(n) for n in handle.keys()}, json.loads(handle.metadata()["pieces"])
+    change(tensors, where)
+    save_file(tensors, file, {"pieces": json.dumps(where)})
+
+
+def test_state_that_does_not_fit_together_is_refused_by_name(two_saves):
+    """Without the manifest's help: the files alone tell."""
+    wq, wo = "layers.0.attention.wq.lora_b.weight", "layers.1.attention.wo.lora_a.weight"
+
+    def without(name):
+        def change(tensors, where):
+            del where[name]
+            for key in [k for k in tensors if k.partition("/")[0] == name]:
+                del tensors[key]
+
+        return lambda one, two: rewrite(one / SECOND, change)
+
+    def moved(tensors, where):
+        where[wq]["at"][0] = [0, where[wq]["at"][0][1] - where[wq]["at"][0][0]]
+
+    def larger(tensors, where):
+        where[wo]["of"][1] += 4
+
+    def no_moment(tensors, where):
+        del tensors[f"{wo}/exp_avg"]
+
+    cases = {
+        f"{SECOND} is missing": lambda one, two: (one / SECOND).unlink(),
+        "resume: holds no state-": lambda one, two: [f.unlink() for f in one.glob("state-0*")],
+        f"state-00001-of-00003.safetensors: does not belong to {FIRST}": lambda one, two: shutil.copy(two / SECOND, one / "state-00001-of-00003.safetensors"),
+        f"{wq} has 96 of 192 numbers, in {FIRST}: a file is missing": without(wq),
+        f"{SECOND}: {wq} at ((0, 24), (0, 4)) is also in {FIRST}": lambda one, two: rewrite(one / SECOND, moved),
+        f"{SECOND}: {wo} is part of (4, 52), in other files of (4, 48)": lambda one, two: rewrite(one / SECOND, larger),
+        f"{SECOND}: is truncated or damaged": lambda one, two: (one / SECOND).write_bytes((two / SECOND).read_bytes()[:-1]),
+        f"({wo}/exp_avg is in its list": lambda one, two: rewrite(one / SECOND, no_moment),
+        "its pieces are not described": lambda one, two: save_file({"a": torch.zeros(2)}, one / SECOND),
+        "its state is of format 1, this version reads 2": lambda one, two: (one / "state.json").write_text('{"format_version": 1}'),
+        "state.json: not JSON": lambda one, two: (one / "state.json").write_text("{"),
+    }  # fmt: skip
+    for expected, change in cases.items():
+        assert expected in (said := mixed_up(two_saves, change)), said
+
+
+def test_state_of_another_model_or_tuning_is_refused_by_name(two_saves):
+    path = two_saves / "step_00000001"
+    others = {
+        Case(2, 1, "full"): "layers.0.attention.wk.lora_a.weight is (4, 48) in it, not trained now",
+        Case(2, 1, "lora+saved"): "output.weight is not trained in it, (101, 48) now",
+        Case(2, 1, "lora", lora_rank=2): "is (4, 48) in it, (2, 48) now",
+        Case(
+            2, 1, "lora", lora_targets=("wq",)
+        ): "layers.0.attention.wk.lora_a.weight is (4, 48) in it, not trained now",
+    }
+    for case, expected in others.items():
+        for said in run_ranks(refused, case, path, world=2):
+            assert expected in said and "resume with the flags it was saved with" in said, said
+
+
+def test_files_of_two_checkpoints_mixed_up_are_noticed_by_the_manifest(two_saves):
+    one, two = (two_saves / f"step_{n:08d}" for n in (1, 2))
+    names = [str(f.relative_to(one)) for f in one.rglob("*") if f.is_file()]
+    for name in names:
+        whole = (one / name).read_bytes()
+        if whole == (two / name).read_bytes():
+            assert Path(name).name in ("params.json", "adapter.json")
+            continue
+        shutil.copy(two / name, one / name)
+        assert str(one / name) in (resume.problem(one, hashes=True) or "") or name == "manifest.json"
+        assert resume.problem(one, hashes=True) is not None
+        found, passed_over = resume.find(two_saves, "auto")
+        assert found == two.resolve() and passed_over == []
+        (one / name).write_bytes(whole)
+    assert resume.problem(one, hashes=True) is None
 
 
 # --- interruption -----------------------------------------------------------------------------------------------------
@@ -264,10 +297,18 @@ class Killed(BaseException):
     """Stands for SIGKILL at this very call: nothing after it runs."""
 
 
+def save_now(
+    run: runs.Run, directory: Path, step: int, keep_last: int | None = None, keep_step: int | None = None
+) -> None:
+    saver = runs.saver(run, directory, keep_last)
+    saver.start(step, TrainState(step=step).to_json(), keep_step)
+    saver.finish()
+
+
 def interrupted_everywhere(directory: Path) -> tuple[int, list[str]]:
     """Step 1 is saved; saving step 2 dies before its n-th fsync or rename, for every n; once it survives them all."""
     run, wrong, calls = runs.prepare(Case(1, 1, "lora")), [], 0
-    runs.train(run, steps=1, save=saver(run, directory))
+    runs.train(run, steps=1, saver=runs.saver(run, directory))
     fsync, replace = os.fsync, os.replace
     for calls in range(1000):
         left = calls
@@ -284,9 +325,9 @@ def interrupted_everywhere(directory: Path) -> tuple[int, list[str]]:
 
         os.fsync, os.replace = dying(fsync), dying(replace)
         try:
-            saver(run, directory)(TrainState(step=2))
+            save_now(run, directory, 2)
             break
-        except (Killed, ValueError):  # dcp.save turns it into its own exception
+        except Killed:
             pass
         finally:
             os.fsync, os.replace = fsync, replace
@@ -311,7 +352,7 @@ def test_a_save_that_dies_at_any_moment_leaves_nothing_that_counts(tmp_path):
 def failing_rank(directory: Path) -> list[str]:
     """Step 1 is saved; saving step 2 fails on one rank in one part of it; then step 3 is saved."""
     run, messages = runs.prepare(Case(2, 2, "lora", cut=(2, 2))), []
-    runs.train(run, steps=1, save=saver(run, directory))
+    runs.train(run, steps=1, saver=runs.saver(run, directory))
 
     def failing(rank: int, original):
         def call(*args, **keys):
@@ -321,40 +362,35 @@ def failing_rank(directory: Path) -> list[str]:
 
         return call
 
-    def write_nothing(into: Path) -> list[Path]:
-        return []
-
-    writer = resume.dcp.FileSystemWriter
     parts = [
-        (resume, "_make_room", 2),
-        (None, "write", 3),
-        (writer, "write_data", 1),
-        (resume, "_seal", 3),
-        (resume, "_publish", 0),
+        (save.Snapshot, "ready", 1),
+        (save, "_make_room", 2),
+        (save, "write_state", 3),
+        (export.Adapter, "write", 1),
+        (export, "write_adapter", 0),
+        (save, "_seal", 3),
+        (save, "_publish", 0),
     ]
     for owner, name, rank in parts:
-        write = failing(rank, write_nothing) if owner is None else None
-        original = getattr(owner, name, None)
-        if owner is not None:
-            setattr(owner, name, failing(rank, original))
+        original = getattr(owner, name)
+        setattr(owner, name, failing(rank, original))
         try:
             with pytest.raises(ValueError) as caught:
-                saver(run, directory, write=write)(TrainState(step=2))
+                save_now(run, directory, 2)
         finally:
-            if owner is not None:
-                setattr(owner, name, original)
+            setattr(owner, name, original)
         messages.append(str(caught.value))
         groups.barrier()
         assert sorted(p.name for p in directory.iterdir()) == ["latest", "step_00000001"], name
         groups.barrier()
-    saver(run, directory)(TrainState(step=3))
+    save_now(run, directory, 3)
     assert resume.problem(directory / "step_00000003", hashes=True) is None
     return messages
 
 
 def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_run_can_go_on(tmp_path):
     for messages in run_ranks(failing_rank, tmp_path, world=4, timeout=60):
-        assert len(messages) == 5
+        assert len(messages) == 7
         for message in messages:
             assert "No space left on device" in message and "earlier checkpoints are untouched" in message
             assert "--output_dir: saving" in message and "\n" not in message
@@ -382,7 +418,7 @@ def retained(directory: Path) -> list[list[int]]:
     run, found = runs.prepare(Case(1, 1, "lora")), []
 
     def save(step: int, keep_last: int | None, keep_step: int | None) -> None:
-        saver(run, directory, keep_last, keep_step)(TrainState(step=step))
+        save_now(run, directory, step, keep_last, keep_step)
         found.append([step for step, _ in resume.steps(directory)])
 
     runs.train(run, steps=1)

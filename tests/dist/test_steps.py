@@ -230,12 +230,11 @@ def test_dp_ranks_and_steps_draw_different_numbers():
 
 
 def initial_adapters(mp: int) -> dict[str, torch.Tensor]:
-    from accessory.checkpoint import export
     from tests.helpers import random_weights
 
     case = Case(mp, groups.world_size() // mp, "lora")
     run = runs.prepare(case, random_weights(case.args))
-    return {n: export.whole(case.args, n, p).clone() for n, p in run.model.named_parameters() if "lora_" in n}
+    return {n: runs.whole(case.args, n, p).clone() for n, p in run.model.named_parameters() if "lora_" in n}
 
 
 def test_new_adapters_are_the_same_at_every_layout():

@@ -410,7 +410,7 @@ def test_a_disk_that_is_full_at_the_second_save(small_disk, tmp_path):
     weights = (at.checkpoint / "consolidated.00.pth").stat().st_size
     one = (
         4 * weights + (at.checkpoint / "tokenizer.model").stat().st_size
-    ) // 1024 + 60  # weights, and resume/ of three times as much
+    ) // 1024 + 20  # weights, and resume/ of three times as much
     disk = small_disk(one + one * 19 // 20)
     command, variables = at.command("missing_first_shard", 2)
     variables |= {"output_dir": disk / "run", "max_steps": 4}

@@ -13,16 +13,16 @@ import json
 import random
 import signal
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed.checkpoint as dcp
 
 from accessory.checkpoint import resume
+from accessory.checkpoint.formats import open_checkpoint
+from accessory.checkpoint.pieces import StateFiles, with_moments
 from accessory.data.loader import train_windows, windows_per_epoch
 from accessory.data.sft import DataArgs, load_sft
 from accessory.tokenizer import Tokenizer
@@ -70,14 +70,14 @@ def state(step: Path) -> dict[str, Any]:
 
 
 def tensors(step: Path) -> dict[str, str]:
-    """sha256 of every trained parameter and moment in resume/, read without ranks."""
-    reader = dcp.FileSystemReader(step / "resume")
-    kept = {
-        n: torch.empty(m.size, dtype=m.properties.dtype) for n, m in reader.read_metadata().state_dict_metadata.items()
-    }
-    with warnings.catch_warnings(action="ignore"):  # that there are no ranks
-        dcp.load(kept, storage_reader=reader, no_dist=True)
-    return {name: hashlib.sha256(tensor.numpy().tobytes()).hexdigest() for name, tensor in kept.items()}
+    """sha256 of every trained parameter and moment in resume/, put together."""
+    files, found = StateFiles(step / "resume"), {}
+    for name in files.names():
+        for key in with_moments(name):
+            whole = torch.empty(files.shape(name))
+            files.fill(key, tuple((0, n) for n in files.shape(name)), whole)
+            found[key] = hashlib.sha256(whole.numpy().tobytes()).hexdigest()
+    return found
 
 
 def same_checkpoint(one: Path, other: Path, weights: list[str]) -> None:
@@ -268,3 +268,37 @@ def test_full_tuning_stopped_and_killed_in_every_way_ends_as_the_unbroken_run(tm
     assert [line["step"] for line in lines(broken) if "loss" in line] == list(range(1, steps + 1))
     assert [line for line in lines(broken) if "loss" in line] == [line for line in lines(unbroken) if "loss" in line]
     every_sample_once(checkpoint, data, broken, 2, 3, 2, steps)
+
+
+# --- another layout ---------------------------------------------------------------------------------------------------
+
+
+def test_a_run_begun_on_four_ranks_goes_on_with_one_and_with_two(tmp_path):
+    checkpoint, data = write_tiny_checkpoint(tmp_path / "tiny"), write_tiny_data(tmp_path / "data", EXAMPLES)
+    flags = {"pretrained_path": checkpoint, "data_config": data, "resume": "auto", "precision": "fp32", "seed": SEED}
+    flags |= {"batch_size": 1, "max_seq_len": 256, "lr": 1e-3, "lr_scheduler": "constant", "report_to": "none"}
+
+    def part(name: str, mp: int, ranks: int, steps: int, accum_iter: int = 1) -> Done:
+        given = {"output_dir": tmp_path / name, "model_parallel_size": mp, "max_steps": steps, "accum_iter": accum_iter}
+        log = tmp_path / f"{name}{steps}.log"
+        done = Launch(launch_line(*as_flags(flags | given), ranks=ranks), log).wait()
+        assert done.code == 0, done.output
+        return done
+
+    part("unbroken", 2, 2, 12, accum_iter=4)
+    part("elastic", 1, 4, 5)
+    assert (
+        "1 data-parallel rank(s), 4 when it was saved: the same 4 sequences a step" in part("elastic", 1, 1, 9).output
+    )
+    done = part("elastic", 2, 2, 12, accum_iter=4)
+    assert f"continuing from {tmp_path / 'elastic' / 'step_00000009'}, step 9" in done.output, done.output
+    one, other = ([line for line in lines(tmp_path / name) if "loss" in line] for name in ("unbroken", "elastic"))
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in other] and len(one) == 12
+    for a, b in zip(one, other):
+        assert (
+            abs(a["loss"] - b["loss"]) <= 1e-5 * a["loss"]
+            and abs(a["grad_norm"] - b["grad_norm"]) <= 1e-4 * a["grad_norm"]
+        )
+    weights = [open_checkpoint(tmp_path / name / "latest").source for name in ("unbroken", "elastic")]
+    for name in weights[0].names():
+        torch.testing.assert_close(weights[0].read(name), weights[1].read(name), rtol=0, atol=1e-4)  # lr 1e-3, 12 steps

@@ -87,7 +87,7 @@ def test_7b_trains_19_988_480_by_peft_too_and_says_so() -> None:
     data = type("Data", (list,), {"report": SimpleNamespace(tokens=60, supervised_tokens=57)})(examples)
     figures = plan.plan(
         model,
-        SimpleNamespace(source=source),
+        SimpleNamespace(source=source, kind="tensors"),
         ParallelArgs(),
         loop.LoopArgs(batch_size=2),
         optim.OptimArgs(),

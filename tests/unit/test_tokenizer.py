@@ -551,6 +551,18 @@ def test_wrong_added_tokens_are_refused(files: dict, tmp_path: Path, name: str, 
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_placeholder_of_the_file_takes_the_added_name(tmp_path: Path) -> None:
+    """InternLM2's and Yi's way: the model's own piece keeps an id free, Hugging Face's files name it."""
+    write_sentencepiece(tmp_path, user_defined_symbols=["[UNUSED_TOKEN_141]", "<|reserved_3|>"])
+    size = Tokenizer.open(tmp_path).vocab_size
+    (tmp_path / "tokenizer_config.json").write_text(
+        '{"added_tokens_decoder": {"3": {"content": "<|plugin|>"}, "4": {"content": "<|im_end|>"}}}'
+    )
+    tokenizer = Tokenizer.open(tmp_path)
+    assert tokenizer.vocab_size == size and tokenizer.encode_with_specials("<|plugin|><|im_end|>") == [3, 4]
+    assert 4 in tokenizer.eos_ids and tokenizer.decode([3, *tokenizer.encode("is"), 4]) == "is"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("token", ["", " ", " <A>", "<A>\n", 7])
 def test_a_special_token_is_a_name(files: dict[str, Path], kind: str, token: str) -> None:

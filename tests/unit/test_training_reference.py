@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from accessory import log
 from accessory.data.loader import train_windows
 from accessory.data.sft import Example
-from accessory.main_finetune import materialise
 from accessory.model import shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad
@@ -27,6 +26,7 @@ from accessory.model.pretrained import build, open_pretrained
 from accessory.parallel.fsdp import ParallelArgs, gathered
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
+from accessory.train.start import materialise
 from accessory.train.state import TrainState
 from tests.unit.test_llama import LLAMA3, meta_name, meta_tensor, peer
 

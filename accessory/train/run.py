@@ -1,0 +1,204 @@
+"""One training run, whatever its data and objective: plan, weights, loop, checkpoints. The main_* modules call it.
+
+    start.py: what it starts from -> plan -> materialise -> optimizer -> loop.fit -> metrics.jsonl, step_* checkpoints
+
+Test: tests/e2e
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import torch
+
+from accessory import log
+from accessory.checkpoint import export, resume
+from accessory.checkpoint.save import Beside, Saver
+from accessory.data.loader import windows_per_epoch
+from accessory.model import Transformer, shard_dim
+from accessory.model.llama import kv_copied
+from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
+from accessory.model.pretrained import build
+from accessory.parallel import groups
+from accessory.parallel.fsdp import DTYPES, ParallelArgs
+from accessory.parallel.grads import GradientRules
+from accessory.tokenizer import Tokenizer
+from accessory.train import loop, objectives, optim, plan
+from accessory.train.start import (
+    RunArgs,
+    continue_from,
+    find_start,
+    materialise,
+    open_start,
+    open_tokenizer,
+    with_saved_batch,
+)
+from accessory.train.state import Stopwatch, TrainState
+
+SAMPLE_TOKENS = 64
+# answers to prompts: (model, tokenizer, prompts, most new tokens) -> texts; collective
+Answer = Callable[[Transformer, Tokenizer, list[str], int], list[str]]
+
+
+def train(
+    run: RunArgs,
+    parallel: ParallelArgs,
+    tuning: TuningArgs,
+    data: Any,
+    optimizer_args: optim.OptimArgs,
+    loop_args: loop.LoopArgs,
+    load_data: Callable[[Any, Tokenizer, int], tuple[Any, Any]],
+    answer: Answer,
+) -> None:
+    """The whole run. `load_data(data, tokenizer, seed)` gives (training set, validation set or None), with `fingerprint`
+    and `report`, alike on every rank; `data` also has num_workers. Every rank calls it."""
+    groups.init(parallel.model_parallel_size)
+    torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
+    directory = Path(run.output_dir)
+    resumed = find_start(run, directory) if not run.dry_run else None
+    if resumed is not None:
+        loop_args = with_saved_batch(loop_args, resumed)
+    checkpoint, args, tuning = open_start(run, tuning)
+    tokenizer = open_tokenizer(run, checkpoint, args)
+    train_set, val_set = load_data(data, tokenizer, loop_args.seed)
+
+    model = build(checkpoint, args, tuning)
+    mark_trainable(model, tuning)
+    sequences = loop_args.sequences_per_step(groups.dp_size())
+    max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
+    for line in plan.lines(plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)):
+        log.say(line, groups.rank())
+    if run.dry_run:
+        return
+
+    clock = Stopwatch()
+    materialise(model, checkpoint, parallel, loop_args.seed)
+    log.say(f"weights {'loaded' if run.pretrained_path else 'drawn'} in {clock.lap():.1f} s", groups.rank())
+    optimizer = optim.adamw(model, optimizer_args)
+    position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
+    state = continue_from(resumed, model, optimizer, position) if resumed is not None else TrainState()
+    state.data = position
+    if state.step >= max_steps:
+        log.say(
+            f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; a larger --max_steps or --epochs goes on",
+            groups.rank(),
+        )
+        return
+
+    expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
+    saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected)
+    prompts = read_prompts(run.sample_prompts)
+    if run.overwrite_output_dir and groups.rank() == 0:
+        resume.retire_all(directory)
+    groups.barrier()
+    run_log = log.RunLog(
+        directory, groups.rank(), run.report_to == "tensorboard", state.step if resumed else None, max_steps
+    )
+    if groups.rank() == 0:
+        write_config(directory, run, parallel, tuning, data, optimizer_args, loop_args, args)
+    eval_batch = loop_args.eval_batch_size or loop_args.batch_size
+
+    def evaluate() -> dict[str, float]:
+        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, show_progress=groups.rank() == 0)
+
+    def sample(step: int) -> None:
+        for prompt, text in zip(prompts, answer(model, tokenizer, prompts, SAMPLE_TOKENS)):
+            log.say(f"step {step}: {prompt}\n    {text}", groups.rank())
+            run_log.write({"step": step, "prompt": prompt, "answer": text}, file="samples.jsonl")
+
+    rules = GradientRules(
+        model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
+    )
+    try:
+        state = loop.fit(
+            model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
+            precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=data.num_workers, run_log=run_log,
+            evaluate=evaluate if val_set else None, sample=sample if prompts else None,
+            save_best=run.keep_best and val_set is not None, save_failed=saves.failed, finish_save=saves.finish,
+            save=lambda state: saves.start(state.step, state.to_json(), state.best_step if run.keep_best else None),
+        )  # fmt: skip
+    except (ValueError, OSError):
+        saves.settle()  # a checkpoint that is being written is still wanted
+        raise
+    finally:
+        run_log.close()  # also ends the bar's line, so that an error stands on its own
+    say_end(state, max_steps, directory, saves_adapter(run, tuning))
+
+
+def saves_adapter(run: RunArgs, tuning: TuningArgs) -> bool:
+    return tuning.partly if run.only_save_trainable is None else run.only_save_trainable
+
+
+def saver(
+    run: RunArgs,
+    parallel: ParallelArgs,
+    model: Transformer,
+    optimizer: torch.optim.Optimizer,
+    checkpoint: Any,
+    tokenizer: Tokenizer,
+    tuning: TuningArgs,
+    expected_base: dict[str, Any] | None,
+) -> Saver:
+    """What writes the checkpoints of this run: weights or adapter, tokenizer, exact state. Every rank calls it."""
+    identity = export.BaseIdentity(checkpoint, expected_base)
+    terms, names, params = saved_terms(model, tuning), saved_names(model, tuning), model.args.to_dict()
+
+    def about() -> dict[str, Any]:
+        return {"base": identity.record(), "tokenizer": tokenizer.fingerprint}
+
+    def also(into: Path) -> list[Path]:
+        return save_tokenizer(tokenizer, into)
+
+    if saves_adapter(run, tuning):
+        beside: Beside = export.Adapter(names, terms, params, about, also)
+    else:
+        names_on_disk = checkpoint.source.names()
+        dtypes = {n: checkpoint.source.dtype(n) for n in names_on_disk}
+        if not names_on_disk:  # drawn, not read
+            dtypes = dict.fromkeys(dict(model.named_parameters()), DTYPES[parallel.precision])
+        inside = params | (terms if tuning.lora_rank else {})
+        beside = export.Weights(model, inside, dtypes, run.embedding_dim, about, also)
+    return Saver(Path(run.output_dir), model, optimizer, names, beside, run.save_total_limit)
+
+
+def save_tokenizer(tokenizer: Tokenizer, into: Path) -> list[Path]:
+    before = set(into.iterdir())
+    tokenizer.save(into)
+    return sorted(set(into.iterdir()) - before)
+
+
+def read_prompts(given: str | None) -> list[str]:
+    if not given:
+        return []
+    if Path(given).is_file():
+        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
+    return [given]
+
+
+def write_config(directory: Path, *sections: Any) -> None:
+    """config.json: every flag as it was resolved."""
+    resolved = {type(s).__name__: dataclasses.asdict(s) for s in sections}
+    (directory / "config.json").write_text(json.dumps(resolved, indent=1))
+
+
+def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool) -> None:
+    if state.step < max_steps:
+        log.say(f"stopped at step {state.step} of {max_steps}, saved; the same command continues", groups.rank())
+        return
+    best = f", best {state.best_step} ({abs(state.best):.4f})" if state.best is not None else ""
+    then = (
+        f"python tools/merge_lora.py --adapters {directory}/latest --dst DIR"
+        if adapter
+        else f"python tools/meta_to_hf.py --src {directory}/latest --dst DIR"
+    )
+    log.say(f"done: {state.step} steps, {state.tokens} tokens{best}; next: {then}", groups.rank())
+
+
+def say_counts(train_set: Any, val_set: Any, more: Callable[[Any], str]) -> None:
+    """One line a data set: what an epoch of it is, and `more(report)`."""
+    for name, data in (("training", train_set), ("validation", val_set)):
+        if data is not None:
+            r = data.report
+            what = f"{r.examples} examples, {r.tokens} tokens, {r.supervised_tokens} with loss"
+            log.say(f"{name} data: {what} ({more(r)})", groups.rank())

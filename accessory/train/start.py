@@ -1,0 +1,218 @@
+"""What a run starts from: an earlier checkpoint of it, weights on disk or drawn anew, an adapter, the tokenizer.
+
+    find_start -> open_start: checkpoint, sizes, tuning -> open_tokenizer -> materialise -> continue_from
+
+Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pretrain.py
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from accessory import log
+from accessory.checkpoint import resume
+from accessory.checkpoint.adapter import model_args, with_adapter
+from accessory.checkpoint.formats import is_adapter
+from accessory.config import flag
+from accessory.data.loader import micro_batches
+from accessory.model import Transformer
+from accessory.model.args import ModelArgs, read_params, tuning_keys
+from accessory.model.lora import TuningArgs
+from accessory.model.pretrained import fill, open_fresh, open_pretrained
+from accessory.parallel import groups
+from accessory.parallel.fsdp import ParallelArgs, sharder
+from accessory.tokenizer import Tokenizer
+from accessory.train import loop
+from accessory.train.state import TrainState
+
+MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
+
+
+@dataclass
+class RunArgs:
+    """The run: what it starts from and what it leaves"""
+
+    pretrained_path: str = flag(
+        "",
+        "directory (or .gguf) of the checkpoint to start from, in any format that is read; a,b,c: b and c are laid over a",
+    )
+    pretrained_type: str | None = flag(
+        None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")
+    )
+    lora_path: str | None = flag(
+        None, "an adapter, ours or PEFT's, that is trained on; its rank, scale and targets hold"
+    )
+    llama_config: list[str] = flag([], "params.json-style files, later keys win; none: the checkpoint's own")
+    tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
+    output_dir: str = flag("", "run directory: metrics.jsonl, samples, step_* checkpoints")
+    overwrite_output_dir: bool = flag(
+        False, "start anew in an output_dir that holds a run (its old checkpoints are deleted)"
+    )
+    resume: str | None = flag(
+        None, "auto: continue output_dir's newest whole checkpoint, or start; or a step_* directory"
+    )
+    save_total_limit: int | None = flag(None, "keep so many newest checkpoints; none: all")
+    keep_best: bool = flag(True, "also save and keep the checkpoint that is best by --metric")
+    only_save_trainable: bool | None = flag(
+        None, "save an adapter, or all weights (false); none: an adapter if anything is frozen"
+    )
+    embedding_dim: int = flag(
+        0, "how saved shards split tok_embeddings: 0 vocabulary (Llama 3), 1 features (Llama 1 and 2)"
+    )
+    sample_prompts: str | None = flag(
+        None, "an instruction, or a text file with one on each line, answered at every validation"
+    )
+    report_to: str = flag("tensorboard", "beside metrics.jsonl", choices=("none", "tensorboard"))
+    dry_run: bool = flag(False, "print the plan (parameters, memory, steps, tokens) and stop")
+
+    def __post_init__(self) -> None:
+        if not self.pretrained_path and not self.llama_config:
+            raise ValueError("--pretrained_path is missing: name a directory")
+        if not self.output_dir and not self.dry_run:
+            raise ValueError("--output_dir is missing: name a directory")
+        if self.embedding_dim not in (0, 1):
+            raise ValueError(f"--embedding_dim {self.embedding_dim}: 0 or 1")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise ValueError(
+                f"--save_total_limit {self.save_total_limit}: at least 1, the only whole checkpoint is never deleted"
+            )
+
+
+def open_start(run: RunArgs, tuning: TuningArgs) -> tuple[Any, ModelArgs, TuningArgs]:
+    """(Checkpoint, sizes, tuning): the weights that are trained on, with the terms of an adapter that goes on. No weights
+    are read. Without --pretrained_path the checkpoint is an empty one, whose weights are drawn."""
+    tuning = with_config_keys(tuning, run.llama_config)
+    if not run.pretrained_path:
+        if tuning.partly or run.lora_path:
+            raise ValueError("--pretrained_path is missing: an adapter, or a frozen part, needs weights to stand on")
+        if not run.tokenizer_path:
+            raise ValueError("--tokenizer_path is missing: from random weights, the vocabulary is the tokenizer's")
+        return *open_fresh(run.llama_config, Tokenizer.open(run.tokenizer_path).vocab_size), tuning
+    checkpoint, args = open_pretrained(run.pretrained_path, run.pretrained_type, run.llama_config)
+    check_carried(run, checkpoint, tuning)
+    if run.lora_path:
+        checkpoint, tuning = with_adapter(checkpoint, run.lora_path, tuning)
+        told = model_args(checkpoint)  # an adapter with a trained embedding or head may have more rows, or untie them
+        args = dataclasses.replace(args, vocab_size=told.vocab_size, tie_word_embeddings=told.tie_word_embeddings)
+        if tuning.bias_tuning:
+            args = dataclasses.replace(args, attention_bias=told.attention_bias, mlp_bias=told.mlp_bias)
+    return checkpoint, args, tuning
+
+
+def find_start(run: RunArgs, directory: Path) -> Path | None:
+    """The checkpoint to continue from, None to start. Raises ValueError when output_dir holds a run that nobody asked about."""
+    if run.resume is not None and not run.overwrite_output_dir:
+        found, passed_over = groups.from_first_rank(lambda: resume.find(directory, run.resume))  # it hashes every file
+        for wrong in passed_over:
+            log.say(f"--resume auto: passed over a damaged checkpoint: {wrong}", groups.rank())
+        return found
+    if resume.steps(directory) or (directory / "metrics.jsonl").exists():
+        if not run.overwrite_output_dir:
+            raise ValueError(
+                f"--output_dir {directory} already holds a run: continue it with --resume auto, choose another, or start anew with --overwrite_output_dir true"
+            )
+    return None
+
+
+def with_saved_batch(args: loop.LoopArgs, resumed: Path) -> loop.LoopArgs:
+    """On another number of data-parallel ranks a run goes on with the batch it had: the same sequences in every step, cut
+    into more or fewer micro batches. Flags that ask for another batch are left for `continue_from` to refuse."""
+    then = json.loads((resumed / resume.MANIFEST).read_text())["dp"]
+    saved = json.loads((resumed / "resume" / resume.STATE).read_text())["data"].get("sequences_per_step")
+    now = groups.dp_size()
+    if saved is None or then == now or args.global_batch_size is not None or args.sequences_per_step(now) == saved:
+        return args
+    count = micro_batches(saved, args.batch_size, now)
+    log.say(
+        f"{now} data-parallel rank(s), {then} when it was saved: the same {saved} sequences a step in {count} micro batch(es)",
+        groups.rank(),
+    )
+    return dataclasses.replace(args, global_batch_size=saved)
+
+
+def with_config_keys(tuning: TuningArgs, files: list[str]) -> TuningArgs:
+    """Tuning keys in --llama_config files are the flags' defaults; a flag that was written out wins."""
+    keys = {k: v for k, v in tuning_keys(read_params(files)).items() if k not in tuning.given}
+    if not keys:
+        return tuning
+    for name in ("lora_targets", "modules_to_save"):
+        if isinstance(keys.get(name), str):
+            keys[name] = [part for part in keys[name].split(",") if part]
+    keys["lora_rank"] = max(0, keys.get("lora_rank", tuning.lora_rank))  # Accessory writes -1 for none
+    changed = dataclasses.replace(tuning, **keys)
+    changed.given = tuning.given | keys.keys()  # type: ignore[attr-defined]
+    return changed
+
+
+def check_carried(run: RunArgs, checkpoint: Any, tuning: TuningArgs) -> None:
+    """Adapters inside the checkpoint go on at their own rank and scale, or not at all. Raises ValueError with the remedy."""
+    if checkpoint.adapter is None:
+        return
+    merge = f"merge it first: python tools/merge_lora.py --adapters {run.pretrained_path} --dst DIR"
+    if is_adapter(Path(run.pretrained_path)):
+        raise ValueError(
+            f"--pretrained_path {run.pretrained_path} is an adapter, not a model: give its base, and --lora_path {run.pretrained_path} to train on, or {merge}"
+        )
+    rank, alpha = checkpoint.adapter["lora_rank"], checkpoint.adapter["lora_alpha"]
+    if tuning.lora_rank != rank or tuning.alpha != alpha:
+        raise ValueError(
+            f"--pretrained_path {run.pretrained_path} has LoRA inside: give --lora_rank {rank} --lora_alpha {alpha:g} to go on "
+            f"with it, or {merge}"
+        )
+
+
+def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
+    """The tokenizer, checked against the embedding."""
+    path = run.tokenizer_path or checkpoint.tokenizer
+    if path is None:
+        raise ValueError(
+            f"{run.pretrained_path} has no tokenizer.model or tokenizer.json beside it: name one with --tokenizer_path"
+        )
+    tokenizer = Tokenizer.open(path)
+    if not 0 <= args.vocab_size - tokenizer.vocab_size <= MAX_SPARE_ROWS:
+        raise ValueError(
+            f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together, name the checkpoint's own, or grow the model with tools/expand_vocab.py"
+        )
+    return tokenizer
+
+
+def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, seed: int) -> None:
+    """Fills the empty model and shards it, layer by layer: weights -> checkpointing -> compile -> FSDP."""
+    shard = sharder(parallel.data_parallel, parallel.precision, parallel.cpu_offload)
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    if parallel.compile:  # graphs are shared by the layers, not by training, validation, packed and single sequences
+        torch._dynamo.config.recompile_limit = 64
+
+    def after_block(layer: torch.nn.Module) -> None:
+        layer.checkpointing = parallel.checkpointing
+        if parallel.compile:
+            # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
+            layer.compute = torch.compile(layer.compute)
+        shard(layer)
+
+    dtype_of = lambda name: torch.float32 if name in trains else None  # noqa: E731  masters fp32, the frozen as in the file
+    fill(model, checkpoint, dtype_of, groups.device(), seed, after_block, show_progress=groups.rank() == 0)
+    shard(model)
+
+
+def continue_from(
+    path: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: dict[str, Any]
+) -> TrainState:
+    """Weights, moments and position of a checkpoint. Raises ValueError when the order of samples would differ."""
+    saved = resume.load(path, model, optimizer)
+    state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
+    for key, name in (
+        ("fingerprint", "the training data, tokenizer or data flags"),
+        ("seed", "--seed"),
+        ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
+    ):
+        if state.data.get(key) != position[key]:
+            raise ValueError(
+                f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir"
+            )
+    log.say(f"continuing from {path}, step {state.step}", groups.rank())
+    return state
