@@ -25,6 +25,7 @@ def mapping_lines(pairs: Iterable[Pair]) -> list[str]:
         kinds.setdefault((old, new, shape, dtype), []).append((layer, other))
     left, right = [], []
     for (old, new, shape, dtype), layers in kinds.items():
+        layers.sort(key=lambda pair: tuple(-1 if n is None else n for n in pair))  # files sort 10 before 2
         before, after = _named(old, [a for a, _ in layers]), _named(new, [b for _, b in layers])
         left.append(before if before == after else f"{before} -> {after}")
         size = f"{'x'.join(map(str, shape)) or 'scalar'} {SHORT.get(dtype, str(dtype).removeprefix('torch.'))}"
@@ -47,7 +48,7 @@ def _named(pattern: str, layers: Sequence[int | None]) -> str:
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] -> 0..2,5, in the order given (a target's layers stay beside their sources)."""
+    """[0, 1, 2, 5] -> 0..2,5 (a target stays beside its source)."""
     runs: list[list[int]] = []
     for n in numbers:
         if runs and n == runs[-1][1] + 1:

@@ -1,5 +1,5 @@
 """Each kind of tokenizer id for id against an independent one, over mixed text: several scripts, code, emoji, control
-characters, bytes that are no UTF-8. 300 lines here, 10,000 by `python bench/tokenizers.py`. The references are
+characters, bytes that are no UTF-8. 300 lines here, 10,000 by `python bench/tokenizer_ids.py`. The references are
 transformers, the sentencepiece library with its model edited by protobuf, and Meta's Llama 3 encoding written out."""
 
 import random

@@ -1,18 +1,14 @@
 """Every kind of tokenizer id for id against its reference, over 10,000 lines of mixed text.
 
-python bench/tokenizers.py [--lines 10000]
+python -m bench.tokenizer_ids [--lines 10000]
 
 Runs the checks of tests/unit/test_tokenizer_references.py, which take 300 lines, on more. Needs ../shared/assets.
 """
 
-import sys
 import time
-from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parents[1])  # not bench/, where this file would hide the package tokenizers
-
-from accessory.config import run_tool  # noqa: E402
-from tests.unit import test_tokenizer_references as references  # noqa: E402
+from accessory.config import run_tool
+from tests.unit import test_tokenizer_references as references
 
 
 def main(*, lines: int = 10_000) -> None:
