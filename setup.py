@@ -7,7 +7,7 @@ pip install --no-build-isolation -c constraints.txt -e ".[hf,gguf,tensorboard]"
 
 from setuptools import find_packages, setup
 
-HF = ["tokenizers", "tiktoken"]
+HF = ["tokenizers", "tiktoken", "jinja2"]
 GGUF = ["gguf", "tokenizers"]
 TENSORBOARD = ["tensorboard"]
 CORPUS = ["pyarrow", "zstandard"]
@@ -38,6 +38,6 @@ setup(
         "gguf": GGUF,
         "tensorboard": TENSORBOARD,
         "corpus": CORPUS,
-        "test": sorted({*HF, *GGUF, *TENSORBOARD, *TEST}),
+        "test": sorted({*HF, *GGUF, *TENSORBOARD, *CORPUS, *TEST}),
     },
 )

@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 
 SCRIPTS = sorted(p.name for p in (ROOT / "exps").glob("*.sh") if p.name != "setup_env.sh")
 SMOKE_SECONDS = 20  # of work, on two cores
-FLAGS = """llama_config tokenizer_path pretrained_path pretrained_type data_config val_ratio model_parallel_size data_parallel
+FLAGS = """llama_config tokenizer_path pretrained_path lora_path pretrained_type data_config val_ratio model_parallel_size data_parallel
 cpu_offload precision batch_size eval_batch_size accum_iter epochs max_steps max_seq_len on_long lr min_lr lr_scheduler
 warmup_ratio warmup_steps weight_decay adam_betas adam_eps clip_grad checkpointing compile lora_rank lora_alpha lora_dropout
 lora_targets modules_to_save use_rslora rank_pattern alpha_pattern bias_tuning norm_tuning trainable output_dir overwrite_output_dir save_steps save_total_limit

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,6 +100,23 @@ def test_7b_trains_19_988_480_by_peft_too_and_says_so() -> None:
     frozen, trained = 6_738_415_616, 19_988_480
     assert figures["gigabytes"]["weights"] == pytest.approx((2 * frozen + 4 * trained) / 1e9)
     assert figures["gigabytes"]["optimizer"] == pytest.approx(8 * trained / 1e9)
+
+
+@pytest.mark.parametrize(
+    "tuning, trained, share",  # as Chinese-LLaMA's paper and arithmetic have them, for 7B with 49,953 tokens
+    [
+        (TuningArgs(trainable=["tok_embeddings"]), 204_607_488, "2.97%"),
+        (TuningArgs(lora_rank=8, modules_to_save=["tok_embeddings", "output"]), 19_988_480 + 2 * 204_607_488, "6.22%"),
+    ],
+)
+def test_shares_of_a_7b_with_a_chinese_vocabulary(tuning: TuningArgs, trained: int, share: str) -> None:
+    args = replace(ModelArgs.from_files([CONFIGS / "llama2_7b.json"]), vocab_size=49_953)
+    with torch.device("meta"):
+        model = Transformer(args)
+    add_tuning(model, tuning)
+    mark_trainable(model, tuning)
+    total, counted = plan.whole_counts(model, trained_of(model))
+    assert counted == trained and f"{counted / total:.2%}" == share
 
 
 @contextlib.contextmanager
