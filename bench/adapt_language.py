@@ -1,6 +1,6 @@
 """Does exps/adapt_language.sh teach a language? SmolLM2-135M and Tang poems, three seeds, against held-out text.
 
-    python bench/adapt_language.py --pretrained_path output/quickstart/smollm2-135m --poems DIR --english FILE [--steps 60]
+    python bench/adapt_language.py --pretrained_path output/quickstart/smollm2-135m --poems DIR --english FILE [--steps 24]
 
     poems, every tenth held out -> exps/adapt_language.sh -> perplexity per character of the held-out poems, and of English
 
@@ -29,7 +29,7 @@ EXPECTED = 0.05  # least fall of the held-out perplexity per character, worst se
 
 
 def main(
-    *, pretrained_path: str, poems: str, english: str, work: str = "output/adapt_bench", steps: int = 60, seeds: int = 3
+    *, pretrained_path: str, poems: str, english: str, work: str = "output/adapt_bench", steps: int = 24, seeds: int = 3
 ) -> None:
     """Prints a table and leaves it as DIR/result.json. Some minutes a seed on two cores. --work must not exist."""
     place = Path(work)
@@ -51,8 +51,8 @@ def main(
             for name in ("tokenizer", "expanded", "corpus"):
                 (run / name).symlink_to((place / "seed0" / name).resolve())
         variables = {"pretrained_path": pretrained_path, "text": place / "poems.jsonl", "work": run, "new_tokens": 3000}
-        variables |= {"block_size": 128, "val_ratio": 0.02, "precision": "fp32", "checkpointing": "false", "seed": seed}
-        variables |= {"batch_size": 8, "global_batch_size": 16, "max_steps": steps, "lr": 1e-3, "eval_steps": steps}
+        variables |= {"block_size": 128, "val_ratio": 0.005, "precision": "fp32", "checkpointing": "false", "seed": seed}
+        variables |= {"batch_size": 8, "global_batch_size": 8, "max_steps": steps, "lr": 1e-3, "eval_steps": steps}
         subprocess.run(
             ["bash", "exps/adapt_language.sh"],
             cwd=ROOT,
