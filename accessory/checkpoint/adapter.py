@@ -2,6 +2,7 @@
 
     adapter.json   lora_rank lora_alpha lora_dropout lora_targets modules_to_save bias_tuning norm_tuning format_version
                    use_rslora rank_pattern alpha_pattern    where they say something
+                   quant: "nf4"    the base was held in 4 bits; what is merged is added to the exact one all the same
                    base: {"path": ..., "size": {file: bytes}, "sha256": {file: hex}}; of a list of checkpoints path is a
                    list, and a file is named "0/model.safetensors" after the number of its part
 

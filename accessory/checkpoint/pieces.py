@@ -27,6 +27,7 @@ from accessory.checkpoint.formats_read import DAMAGED, MAPPED_LIMIT, safetensors
 from accessory.checkpoint.formats_stream import write_safetensors
 from accessory.model.args import ModelArgs
 from accessory.model.llama import global_shape, kv_copied, local_range
+from accessory.model.lora import packed_weights
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local, rows_of_rank
 
@@ -54,8 +55,10 @@ class Piece(NamedTuple):
 
 
 def pieces(model: nn.Module) -> dict[str, Piece]:
-    """This rank's piece of every parameter, trained or frozen, of a model that is sharded."""
-    return {name: _piece(model.args, name, p, index) for index, (name, p) in enumerate(model.named_parameters())}
+    """This rank's piece of every parameter, trained or frozen, of a model that is sharded; not of weights held in NF4, which
+    are in no checkpoint."""
+    packed, named = packed_weights(model), enumerate(model.named_parameters())
+    return {name: _piece(model.args, name, p, index) for index, (name, p) in named if name not in packed}
 
 
 def _piece(args: ModelArgs, name: str, parameter: nn.Parameter, index: int) -> Piece:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,13 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def retire(run: Path, keep_last: int | None, keep_step: int | None) -> None:
-    """Deletes all but the newest `keep_last` whole checkpoints and `keep_step`, and what interrupted saves left. One rank."""
+def retire(run: Path, keep_last: int | None, keep: Collection[int] = ()) -> None:
+    """Deletes all but the newest `keep_last` whole checkpoints and the steps `keep`, and what interrupted saves left. One
+    rank."""
     if keep_last is not None:
         whole = [(step, path) for step, path in steps(run) if problem(path) is None]
         for step, path in whole[: max(0, len(whole) - max(1, keep_last))]:
-            if step != keep_step:
+            if step not in keep:
                 os.replace(path, run / f".trash-{uuid.uuid4().hex[:8]}")
     for left in [*run.glob(".trash-*"), *run.glob("step_*.tmp-*")]:
         shutil.rmtree(left, ignore_errors=True)
@@ -53,7 +55,7 @@ def retire_all(run: Path) -> None:
         os.replace(path, run / f".trash-{uuid.uuid4().hex[:8]}")
     for name in ("latest", "metrics.jsonl", "samples.jsonl"):
         (run / name).unlink(missing_ok=True)
-    retire(run, None, None)
+    retire(run, None)
 
 
 def steps(run: Path) -> list[tuple[int, Path]]:

@@ -15,6 +15,7 @@ import os
 import shutil
 import threading
 import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
@@ -64,7 +65,9 @@ class Snapshot:
         trained = {n: moments_of(p, self.optimizer) for n, p in self.model.named_parameters() if p.requires_grad}
         adam_step = next(iter(trained.values()))["step"].item()  # the same for all; read before the copies are queued
         for name, parameter in self.model.named_parameters():
-            piece, mine = self.held[name], local(parameter.detach())[: self.held[name].rows]
+            if (piece := self.held.get(name)) is None:
+                continue
+            mine = local(parameter.detach())[: piece.rows]
             if piece.written and name in trained:
                 self._copy(name, mine)
                 for moment in MOMENTS if piece.owned else ():
@@ -112,12 +115,12 @@ class Saver:
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
-    def start(self, step: int, state: dict[str, Any], keep_step: int | None = None) -> None:
+    def start(self, step: int, state: dict[str, Any], keep: Collection[int] = ()) -> None:
         """Begins to save `step_N`: complete or not at all. Returns when the model may change again; first waits for the
-        save before it. `state`: plain JSON, kept with it; `keep_step` is never retired."""
+        save before it. `state`: plain JSON, kept with it; the steps `keep` are not retired."""
         self.finish()
         state = state | {"adam_step": self.snapshot.take(), "format_version": FORMAT_VERSION}
-        self.thread = threading.Thread(target=self._run, args=(step, state, keep_step), name=f"saving step {step}")
+        self.thread = threading.Thread(target=self._run, args=(step, state, tuple(keep)), name=f"saving step {step}")
         self.thread.start()
 
     def failed(self) -> bool:
@@ -136,13 +139,13 @@ class Saver:
         if self.thread is not None:
             self.thread.join(AT_THE_END)
 
-    def _run(self, step: int, state: dict[str, Any], keep_step: int | None) -> None:
+    def _run(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
         try:
-            self._save(step, state, keep_step)
+            self._save(step, state, keep)
         except BaseException as error:  # for the training thread, which raises it
             self.error = error
 
-    def _save(self, step: int, state: dict[str, Any], keep_step: int | None) -> None:
+    def _save(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
         final = self.run / f"step_{step:08d}"
         about = self._meet(lambda: self.beside.about() if groups.rank() == 0 else None)[0]
         name = self._meet(lambda: f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")[0]
@@ -169,7 +172,7 @@ class Saver:
                 manifest = {"format_version": FORMAT_VERSION, "step": step, **layout, **about}
                 manifest["files"] = {name: entry for part in files for name, entry in sorted(part.items())}
                 _publish(self.run, temporary, final, manifest)
-                retire(self.run, self.keep_last, keep_step)
+                retire(self.run, self.keep_last, keep)
 
         own = temporary / "resume" / state_name(groups.rank(), groups.world_size())
         part(lambda: _make_room(self.run, temporary, sum(needed) * 4 / 3))  # and the weights

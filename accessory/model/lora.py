@@ -6,7 +6,7 @@
 s = alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023). Rank and alpha may differ from
 one linear to the next: `TuningArgs.rank_of` and `scale_of` are the one place that knows. The row layer's low-rank addend joins
 the one all-reduce it makes anyway. Addends are summed over mp once a step: `partial_grad` names them, parallel/grads.py sums.
-Proof: tests/dist/test_parity.py.
+W may be held in NF4 (quant.py, QLoRA): `packed`. Proof: tests/dist/test_parity.py, tests/dist/test_quant.py.
 """
 
 import difflib
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accessory.config import flag
+from accessory.model import quant
 from accessory.model.args import TUNING_KEYS
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
@@ -103,6 +104,8 @@ class LoRA:
         self.lora_a: nn.Linear | None = None
         self.lora_b: nn.Linear | None = None
         self.lora_scale, self.lora_dropout = 0.0, 0.0
+        self.packed: quant.Layout | None = None  # W is held in NF4: `weight` is its flat packed tensor
+        self.table: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]  # quant.tables on W's device
 
     def add_lora(self, rank: int, scale: float, dropout: float) -> None:
         """Adds empty (meta) adapters of this rank's slice sizes; `initial_value` or a file fills them."""
@@ -110,6 +113,13 @@ class LoRA:
         self.lora_a = nn.Linear(in_features, rank, bias=False, device="meta")
         self.lora_b = nn.Linear(rank, out_features, bias=False, device="meta")
         self.lora_scale, self.lora_dropout = scale, dropout
+
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b: (.., in) -> (.., out) of this rank's slices."""
+        if self.packed is None:
+            return F.linear(x, self.weight, bias)
+        y = quant.linear(x, self.weight, self.packed, self.table)
+        return y if bias is None else y + bias
 
     def low_rank(self, x: Tensor) -> Tensor:
         """s B A x: (.., in) -> (.., out) of this rank's slices."""
@@ -121,7 +131,7 @@ class ColumnLinear(LoRA, ColumnParallelLinear):
     """Column-parallel linear with room for an adapter. x: replicated, already through `copy_to_mp`."""
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
-        y = F.linear(x, self.weight, self.bias)
+        y = self.product(x, self.bias)
         return y if self.lora_a is None else y + self.low_rank(x)
 
 
@@ -129,7 +139,7 @@ class RowLinear(LoRA, RowParallelLinear):
     """Row-parallel linear with room for an adapter. x: this rank's slice of the features; y: replicated."""
 
     def partial(self, x: Tensor) -> Tensor:  # (.., in/mp) -> (.., out), an addend
-        y = F.linear(x, self.weight)
+        y = self.product(x)
         return y if self.lora_a is None else y + self.low_rank(x)
 
 
@@ -166,9 +176,11 @@ def folded(values: dict[str, Any], default: Any) -> dict[str, Any]:
 
 
 def saved_terms(model: nn.Module, tuning: TuningArgs) -> dict[str, Any]:
-    """What adapter.json keeps of this run: the flags with alpha spelt out; under --trainable what its choice left of them, so
-    that the terms say exactly what the file (`saved_names`) holds."""
+    """What adapter.json keeps of this run: the flags with alpha spelt out, and how the base was held (`quant`); under
+    --trainable what its choice left of them, so that the terms say exactly what the file (`saved_names`) holds."""
     terms = {k: getattr(tuning, k) for k in TUNING_KEYS} | {"lora_alpha": tuning.alpha}
+    if packed_weights(model):
+        terms["quant"] = "nf4"
     if not tuning.trainable:
         return terms
     saved = saved_names(model, tuning)
@@ -196,6 +208,11 @@ def saved_names(model: nn.Module, tuning: TuningArgs) -> list[str]:
 def linears(model: nn.Module, targets: list[str] | tuple[str, ...] = LINEARS):
     """(name, linear) for every layer's linear of these kinds, in order."""
     return [(n, m) for n, m in model.named_modules() if isinstance(m, LoRA) and n.rsplit(".", 1)[-1] in targets]
+
+
+def packed_weights(model: nn.Module) -> dict[str, LoRA]:
+    """{name of the weight: its linear} of those held in NF4: parameters that are not numbers one may read or save."""
+    return {f"{n}.weight": m for n, m in linears(model) if m.packed is not None}
 
 
 def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:

@@ -1,6 +1,7 @@
 """From a checkpoint, in any format that is read, to a model on this rank: `Transformer.from_pretrained(path)` and its steps.
 
     open_pretrained -> sizes -> build: Transformer on meta, adapters, keys checked -> fill: one parameter's slice at a time
+                                                                  (QLoRA: quantise) -^
 
 Strict: a missing, unexpected or mis-shaped key is an error that lists them; only what fine-tuning adds may be absent.
 """
@@ -14,8 +15,10 @@ from torch import nn
 
 from accessory.model.args import ModelArgs, read_params
 from accessory.model.llama import Transformer, global_shape, local_range, pad_rows, set_parameter
-from accessory.model.lora import TuningArgs, add_tuning, initial_value
+from accessory.model.lora import TuningArgs, add_tuning, initial_value, linears, packed_weights
+from accessory.model.quant import Layout, pack, tables
 from accessory.parallel import groups
+from accessory.parallel.fsdp import DTYPES, ParallelArgs
 
 FRESH = "fresh"  # the kind of a checkpoint without files, whose weights are drawn
 
@@ -134,6 +137,23 @@ def _added(name: str, tuning: TuningArgs) -> bool:
     return ".lora_" in name or (tuning.bias_tuning and name.endswith(".bias"))
 
 
+def quantise(model: Transformer, parallel: ParallelArgs) -> None:
+    """Under --quant, makes the weight of every frozen linear of the layers the empty tensor of its NF4 form (quant.py), which
+    `fill` then fills. Call after mark_trainable. Raises ValueError when no linear is frozen."""
+    if parallel.quant is None:
+        return
+    frozen = [(n, m) for n, m in linears(model) if not m.weight.requires_grad]
+    if not frozen:
+        raise ValueError(f"--quant {parallel.quant} is for frozen weights, and all are trained: add --lora_rank 8")
+    storage = DTYPES[parallel.precision]
+    for name, linear in frozen:
+        dim, start, _ = local_range(model.args, f"{name}.weight")
+        first = (start, 0) if dim == 0 else (0, start)
+        linear.packed = Layout(*linear.weight.shape, *first, *global_shape(model.args, f"{name}.weight"))
+        empty = torch.empty(linear.packed.nbytes // storage.itemsize, dtype=storage, device="meta")
+        linear.weight = nn.Parameter(empty, requires_grad=False)
+
+
 def fill(
     model: Transformer,
     checkpoint: Any,
@@ -143,14 +163,26 @@ def fill(
     after_block: Callable[[nn.Module], None] | None = None,
     show_progress: bool = False,
 ) -> None:
-    """Reads this rank's slice of every parameter, one at a time. dtype_of(name): None keeps the file's.
+    """Reads this rank's slice of every parameter, one at a time. dtype_of(name): None keeps the file's. Where `quantise` was
+    called it is collective over mp.
 
     `after_block(layer)` is called once a layer is full, so that it can be sharded over dp before the next one is read."""
     from tqdm import tqdm
 
     source, known = checkpoint.source, set(checkpoint.source.names())
+    packed, table = packed_weights(model), tables(device)
+
+    def fill_packed(name: str) -> None:
+        linear, storage = packed[name], model.get_parameter(name).dtype
+        dim, start, stop = local_range(model.args, name)
+        start, stop = (start, stop) if dim == 0 else linear.packed.needed_columns
+        value = source.read(name, dim, start, stop).to(device)
+        set_parameter(model, name, pack(value, linear.packed, storage))
+        linear.table = table
 
     def fill_one(name: str) -> None:
+        if name in packed:
+            return fill_packed(name)
         if name in known:
             dim, start, stop = local_range(model.args, name)
             value = source.read(name) if dim is None else source.read(name, dim, start, stop)

@@ -1,6 +1,6 @@
 """What a run will do and hold, before it starts: parameters, the trained set, memory per rank, steps, tokens.
 
-    weights + gradients + moments   exact: counted from the model, cut over mp and dp; once more, without gradients, for the copy
+    weights + gradients + moments   exact: counted from the model (NF4 as it is held), cut over mp and dp; once more, without gradients, for the copy
                                     that is written while training goes on (in host memory: not counted on a GPU)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype
     activations                     4 D + (4 D + 4 F) / mp values a token and layer, autograd's saved tensors; checkpointing keeps D
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from accessory.model.llama import Transformer, global_shape
+from accessory.model.lora import packed_weights
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.loss import CHUNK_BYTES
 
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
+UNPACKING = 6  # bytes a weight while a linear held in NF4 is at work: looked up in fp32, then cast
 SAVED_PER_TOKEN = (4, 4, 4)  # what a layer keeps a token: D replicated (inputs, norms), D and F of this rank's slice
 
 
@@ -39,7 +41,9 @@ def plan(
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
     trained_count = sum(p.numel() for _, p in trained)
-    frozen_bytes = sum(p.numel() * (checkpoint.source.dtype(n).itemsize if n in known else 4) for n, p in frozen)
+    packed = packed_weights(model)
+    held = {n: checkpoint.source.dtype(n).itemsize for n in known - packed.keys()}  # bytes a number
+    frozen_bytes = sum(p.nbytes if n in packed else p.numel() * held.get(n, 4) for n, p in frozen)
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
@@ -48,6 +52,7 @@ def plan(
         "gradients": trained_count * 4 / dp,
         "optimizer": trained_count * 8 / dp,
         "gathered": gathered * compute,
+        "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": activations(model, tokens, compute, parallel.checkpointing),
         "loss": 3 * CHUNK_BYTES + (4 * model.head.numel() if model.head.requires_grad else 0),
         "checkpoint": trained_count * 12 / dp if groups.device().type == "cpu" else 0,  # the copy that is being saved

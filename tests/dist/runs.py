@@ -22,7 +22,7 @@ from accessory.train.start import materialise
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
-from accessory.model.pretrained import build
+from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs, local
 from accessory.parallel.grads import GradientRules
@@ -60,6 +60,7 @@ class Case:
     lora_rank: int = 4
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = LINEARS
+    quant: str | None = None
 
     @property
     def args(self) -> ModelArgs:
@@ -134,7 +135,9 @@ def prepare(case: Case, weights: dict[str, torch.Tensor] | None = None) -> Run:
     checkpoint = SimpleNamespace(source=source, path=Path("random"), kind="tensors", adapter=None)
     model = build(checkpoint, case.args, case.tuning_args)
     trained = mark_trainable(model, case.tuning_args)
-    parallel = ParallelArgs(case.mp, case.data_parallel, precision=case.precision, checkpointing=case.checkpointing)
+    flags = {"precision": case.precision, "checkpointing": case.checkpointing, "quant": case.quant}
+    parallel = ParallelArgs(case.mp, case.data_parallel, **flags)
+    quantise(model, parallel)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         materialise(model, checkpoint, parallel, seed=0)
     whole_slice = case.data_parallel == "ddp"
@@ -256,14 +259,13 @@ def mp_copies_differ(run: Run) -> list[str]:
     """Names of parameters that mp ranks should hold in equal copies, to the bit, and do not. Collective."""
     odd, kv_heads = [], run.case.args.kv_heads
     for name, parameter in run.model.named_parameters():
-        parts = groups.gather_over_mp(parameter.detach().full_tensor())
-        if shard_dim(name) is None:
-            sets = [parts]
-        elif kv_copied(name) and groups.mp_size() > kv_heads:
-            copies = groups.mp_size() // kv_heads
-            sets = [parts[i : i + copies] for i in range(0, len(parts), copies)]
-        else:
+        copies = groups.mp_size() // kv_heads if kv_copied(name) else 1
+        if shard_dim(name) is not None and copies <= 1:
             continue
+        parts = [t.view(torch.uint8) for t in groups.gather_over_mp(parameter.detach().full_tensor())]  # NF4 has NaNs
+        sets = [parts]
+        if shard_dim(name) is not None:
+            sets = [parts[i : i + copies] for i in range(0, len(parts), copies)]
         if any(not torch.equal(copy, same[0]) for same in sets for copy in same):
             odd.append(name)
     return odd

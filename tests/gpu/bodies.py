@@ -21,11 +21,11 @@ from accessory.checkpoint.pieces import MOMENTS
 from accessory.checkpoint.save import Saver
 from accessory.data.sft import Example
 from accessory.generation.engine import generate
-from accessory.model import ModelArgs, Transformer, shard_dim
+from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.attention import Segments, attend
 from accessory.model.llama import global_shape, kv_copied
 from accessory.model.lora import TuningArgs, mark_trainable, named_seed, partial_grad
-from accessory.model.pretrained import build
+from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs, local
 from accessory.parallel.grads import GradientRules
@@ -147,13 +147,14 @@ def train(
     checkpoint, args = random_checkpoint(sizes, dtype, draw_on or where)
     model = build(checkpoint, args, tuning_args)
     mark_trainable(model, tuning_args)
+    quantise(model, parallel)
     figures = plan.plan(model, checkpoint, parallel, loop_args, optim_args, data, steps)
     materialise(model, checkpoint, parallel, 0)
     optimizer = optim.adamw(model, optim_args)
     rules = GradientRules(
         model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
     )
-    run_log = log.RunLog(directory, 0, False, None, steps)
+    run_log = log.RunLog(directory, 0, (), None, steps)
     state = loop.fit(
         model, optimizer, rules, objectives.next_token, data, TrainState(), loop_args, optim_args,
         precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=0, run_log=run_log,
@@ -252,6 +253,30 @@ def variants_learn_alike(
         note(f"{device} {name}: loss curve {difference:.1e} from {next(iter(runs))}")
         assert difference <= bound, (name, runs[name].losses, first)
     return runs
+
+
+def nf4_learns_alike(directory: Path, device: str, sizes: dict, data: Examples, bound: float, **common: Any) -> None:
+    """Over a base held in NF4: checkpointed, gathered in other ways, compiled, the loss curve is the eager one's."""
+    variants = {
+        "nf4": {},
+        "nf4, sdp, checkpointing": {"data_parallel": "sdp", "checkpointing": True},
+        "nf4, ddp": {"data_parallel": "ddp", "validate": True, "sample": True},
+        "nf4, compile": {"compile": True, "checkpointing": True},
+    }
+    bounds = dict.fromkeys(list(variants)[1:], bound)
+    variants_learn_alike(directory, device, sizes, data, variants, bounds, tuning=LORA, quant="nf4", **common)
+
+
+def nf4_bytes_are_the_cpus(device: str, shape: tuple[int, int] = (300, 448)) -> None:
+    """Packed on the device, a weight has the very bytes it has packed on the CPU, and comes back as the same numbers."""
+    groups.ensure()
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    layout = quant.Layout(*shape, 0, 0, *shape)
+    here, there = (quant.pack(weight.to(d), layout, torch.bfloat16) for d in ("cpu", device))
+    assert torch.equal(here.view(torch.uint8), there.cpu().view(torch.uint8))
+    for dtype in (torch.float32, torch.bfloat16):
+        exact = quant.dequantise(here, layout, quant.tables("cpu"), dtype)
+        assert torch.equal(quant.dequantise(there, layout, quant.tables(device), dtype).cpu(), exact)
 
 
 def fp16_scales_its_loss(

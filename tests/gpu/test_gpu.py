@@ -70,6 +70,11 @@ def test_bf16_learns_what_fp32_learns(tmp_path) -> None:
     )
 
 
+def test_nf4_is_that_of_the_cpu_and_learns_alike_in_every_memory_mode(tmp_path) -> None:
+    bodies.nf4_bytes_are_the_cpus("cuda", (1024, 2752))
+    bodies.nf4_learns_alike(tmp_path, "cuda", SMALL, DATA, bound=2e-2, steps=12, dtype=torch.bfloat16, lr=1e-3)
+
+
 def test_a_step_on_the_gpu_is_one_on_the_cpu(tmp_path) -> None:
     common = {"steps": 6, "tuning": LORA, "precision": "fp32", "lr": 1e-2}
     cpu = bodies.train(tmp_path / "cpu", "cpu", SMALL, DATA, **common)
@@ -204,6 +209,15 @@ def test_memory_is_what_the_plan_says(kind: str, data_parallel: str) -> None:
     assert abs(measured.planned_gb / measured.peak_gb - 1) <= PLAN_BOUND
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_nf4_is_what_the_plan_says(checkpointing: bool) -> None:
+    needs_memory(40)
+    flags = {"lora_rank": 8, "quant": "nf4", "checkpointing": checkpointing}
+    measured = train_step.measure(sizes("llama2_7b"), [1024], steps=4, **flags)
+    bodies.note(f"7B NF4 LoRA{', checkpointing' if checkpointing else ''}: {measured}")
+    assert abs(measured.planned_gb / measured.peak_gb - 1) <= PLAN_BOUND
+
+
 SPEEDS = {
     "1 x 2048, fsdp": ([2048], {"data_parallel": "fsdp"}),
     "1 x 2048, sdp": ([2048], {"data_parallel": "sdp"}),
@@ -212,6 +226,8 @@ SPEEDS = {
     "8 x 512, sdp, compile": ([512] * 8, {"data_parallel": "sdp", "compile": True}),
     "1 x 4096, sdp, compile": ([4096], {"data_parallel": "sdp", "compile": True}),
     "8 x 512, fsdp, checkpointing": ([512] * 8, {"data_parallel": "fsdp", "checkpointing": True}),
+    "1 x 4096, sdp, nf4": ([4096], {"data_parallel": "sdp", "quant": "nf4"}),
+    "1 x 4096, sdp, nf4, compile": ([4096], {"data_parallel": "sdp", "quant": "nf4", "compile": True}),
 }
 
 

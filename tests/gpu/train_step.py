@@ -94,7 +94,7 @@ def measure(sizes: dict, lengths: list[int], *, lora_rank: int, steps: int = 12,
 
 def main(
     config: str = "model_configs/llama2_7b.json", lora_rank: int = 8, lengths: str = "4096", steps: int = 12,
-    data_parallel: str = "fsdp", checkpointing: bool = False, compile: bool = False,
+    data_parallel: str = "fsdp", checkpointing: bool = False, compile: bool = False, quant: str | None = None,
 ) -> None:  # fmt: skip
     """Prints one line."""
     sizes = ModelArgs.from_files([config]).to_dict()
@@ -107,6 +107,7 @@ def main(
             data_parallel=data_parallel,
             checkpointing=checkpointing,
             compile=compile,
+            quant=quant,
         )
     )
 
