@@ -11,6 +11,7 @@ HF = ["tokenizers", "tiktoken", "jinja2"]
 GGUF = ["gguf", "tokenizers"]
 TENSORBOARD = ["tensorboard"]
 CORPUS = ["pyarrow", "zstandard"]
+PLOT = ["matplotlib"]
 TEST = ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "psutil", "transformers", "peft"]
 
 setup(
@@ -38,6 +39,7 @@ setup(
         "gguf": GGUF,
         "tensorboard": TENSORBOARD,
         "corpus": CORPUS,
-        "test": sorted({*HF, *GGUF, *TENSORBOARD, *CORPUS, *TEST}),
+        "plot": PLOT,
+        "test": sorted({*HF, *GGUF, *TENSORBOARD, *CORPUS, *PLOT, *TEST}),
     },
 )

@@ -1,17 +1,25 @@
-"""What a run tells: lines on rank 0's terminal, one JSON object a step in metrics.jsonl, TensorBoard, a progress bar.
+"""What a run tells: lines on rank 0's terminal, one JSON object a step in metrics.jsonl, a progress bar; and to TensorBoard
+and Weights & Biases what is in metrics.jsonl.
 
     output/<exp>/metrics.jsonl   {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory_gb", ...}
                                  {"step", "epoch", "val_loss", "val_perplexity", "val_accuracy"}
     output/<exp>/samples.jsonl   {"step", "prompt", "answer"}
+    output/<exp>/wandb_id        the run's name at Weights & Biases, so that a continued run goes on there
 
 A resumed run drops the lines of steps that it will do again, so that every step is in the file once.
+Test: tests/unit/test_log.py
 """
 
+import importlib.util
 import json
 import os
 import sys
+import uuid
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
+
+REPORTERS = ("tensorboard", "wandb")  # of --report_to: names of packages
 
 
 def say(text: str, rank: int = 0) -> None:
@@ -26,16 +34,27 @@ def say(text: str, rank: int = 0) -> None:
 class RunLog:
     """The files of one run directory. Made on every rank; writes on rank 0 only."""
 
-    def __init__(self, directory: str | Path, rank: int, tensorboard: bool, resumed_step: int | None, max_steps: int):
-        self.active, self.directory, self.board, self.bar = rank == 0, Path(directory), None, None
-        self.max_steps = max_steps
+    def __init__(
+        self,
+        directory: str | Path,
+        rank: int,
+        report_to: Collection[str],
+        resumed_step: int | None,
+        max_steps: int,
+        flags: dict[str, Any] | None = None,
+    ):
+        """`report_to`: of REPORTERS; `flags`: what Weights & Biases shows as the run's configuration."""
+        self.active, self.directory, self.max_steps = rank == 0, Path(directory), max_steps
+        self.board, self.wandb, self.bar = None, None, None
         if not self.active:
             return
         self.directory.mkdir(parents=True, exist_ok=True)
         for name in ("metrics.jsonl", "samples.jsonl"):
             keep_until(self.directory / name, resumed_step)
-        if tensorboard:
+        if "tensorboard" in report_to:
             self.board = _summary_writer(self.directory / "tensorboard", resumed_step)
+        if "wandb" in report_to:
+            self.wandb = _wandb_run(self.directory, resumed_step, flags or {})
 
     def start_bar(self, step: int) -> None:
         if self.active:
@@ -52,22 +71,30 @@ class RunLog:
             self.bar.update(step - self.bar.n)
 
     def write(self, record: dict[str, Any], file: str = "metrics.jsonl") -> None:
-        """Appends one JSON object; its numbers go to TensorBoard too."""
+        """Appends one JSON object; its numbers go to TensorBoard and Weights & Biases too."""
         if not self.active:
             return
         with open(self.directory / file, "a", encoding="utf-8") as out:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
+        numbers = {
+            ("val/" if key.startswith("val_") else "train/") + key: value
+            for key, value in record.items()
+            if isinstance(value, (int, float)) and key != "step"
+        }
         if self.board is not None:
-            for key, value in record.items():
-                if isinstance(value, (int, float)) and key != "step":
-                    self.board.add_scalar(("val/" if key.startswith("val_") else "train/") + key, value, record["step"])
+            for key, value in numbers.items():
+                self.board.add_scalar(key, value, record["step"])
             self.board.flush()
+        if self.wandb is not None and numbers:
+            self.wandb.log(numbers | {"step": record["step"]})
 
     def close(self) -> None:
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
             self.board.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 def keep_until(path: Path, step: int | None) -> None:
@@ -87,14 +114,48 @@ def keep_until(path: Path, step: int | None) -> None:
     os.replace(part, path)
 
 
+def check_reporters(report_to: Collection[str]) -> None:
+    """Raises ValueError when a package that --report_to needs is not there: before the run, not when its weights are read."""
+    for name in REPORTERS:
+        if name in report_to and name not in sys.modules and importlib.util.find_spec(name) is None:
+            raise ValueError(missing(name))
+
+
+def missing(name: str) -> str:
+    return f"--report_to {name}: the {name} package is missing; pip install {name}, or leave it out (--report_to none)"
+
+
 def _summary_writer(directory: Path, resumed_step: int | None):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        raise ValueError(
-            "--report_to tensorboard: the tensorboard package is missing; pip install tensorboard, or --report_to none"
-        ) from None
+        raise ValueError(missing("tensorboard")) from None
     return SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
+
+
+def _wandb_run(directory: Path, resumed_step: int | None, flags: dict[str, Any]) -> Any:
+    """Where, as whom and whether online is wandb's own affair: WANDB_PROJECT, WANDB_MODE=offline, `wandb login`.
+
+    Its own counter only goes up, and a resumed run does some steps again: ours is the axis instead."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError(missing("wandb")) from None
+    file = directory / "wandb_id"
+    if resumed_step is None or not file.exists():
+        file.write_text(uuid.uuid4().hex[:12])
+    try:
+        run = wandb.init(
+            dir=str(directory), name=directory.resolve().name, id=file.read_text().strip(), resume="allow", config=flags
+        )
+    except (wandb.Error, OSError) as error:
+        reason = f"{error}".strip().partition("\n")[0]
+        raise ValueError(
+            f"--report_to wandb: {reason}; set WANDB_MODE=offline, log in with `wandb login`, or leave it out"
+        ) from None
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
 
 
 def peak_memory_gb() -> float:

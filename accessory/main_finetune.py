@@ -7,9 +7,13 @@ exps/finetune_7b.sh and exps/finetune_lora_7b.sh are the usual way in; they laun
 torchrun with a quiet end. The same command again continues the run (--resume auto).
 """
 
+import sys
+from functools import partial
+
 from accessory import config
+from accessory.data.preview import preview
 from accessory.data.sft import DataArgs, SFTDataset, load_sft
-from accessory.data.templates import encode_prompt, prompt
+from accessory.data.templates import question_ids
 from accessory.generation.engine import generate
 from accessory.model import Transformer
 from accessory.model.lora import TuningArgs
@@ -23,13 +27,18 @@ from accessory.train.start import RunArgs
 
 def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, SFTDataset | None]:
     sets = load_sft(data, tokenizer, seed, show_progress=groups.rank() == 0)
-    say_counts(*sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long")
+    say_counts(*sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long, {r.unlabelled} with nothing to learn")
+    if data.preview:
+        if groups.rank() == 0:
+            print(preview(sets[0], tokenizer, data.preview, colour=sys.stdout.isatty()))
+        groups.destroy()
+        raise SystemExit(0)
     return sets
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
-    """Greedy answers to instructions. Every rank calls it."""
-    ids = [encode_prompt(tokenizer, prompt(p)) for p in prompts]
+def answer(data: DataArgs, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
+    """Greedy answers to instructions, worded as in training. Every rank calls it."""
+    ids = [question_ids(tokenizer, p, data.template, data.template_date or "") for p in prompts]
     answers = generate(model, ids, most, eos_ids=tokenizer.eos_ids)
     return [tokenizer.decode(new, after=head).strip() for head, new in zip(ids, answers)]
 
@@ -44,7 +53,7 @@ def main(
 ) -> None:
     if not run.pretrained_path:
         raise ValueError("--pretrained_path is missing: name a directory")
-    train(run, parallel, tuning, data, optimizer_args, loop_args, load, answer)
+    train(run, parallel, tuning, data, optimizer_args, loop_args, load, partial(answer, data))
     groups.destroy()
 
 

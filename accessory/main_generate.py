@@ -12,7 +12,7 @@ import torch
 
 from accessory import config
 from accessory.config import flag
-from accessory.data.templates import encode_prompt, prompt
+from accessory.data.templates import encode_prompt, question_ids
 from accessory.generation.engine import generate
 from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
 from accessory.parallel import groups
@@ -35,6 +35,9 @@ class GenerateArgs:
     tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
     prompt: str | None = flag(None, "one instruction")
     prompts_file: str | None = flag(None, "a text file with one instruction on each line")
+    template: str | None = flag(
+        None, "words around the instruction, as in training; checkpoint: the chat_template beside the tokenizer; none: alpaca"
+    )
     raw: bool = flag(False, "continue the text as it is, without the instruction template")
     max_new_tokens: int = flag(128, "most tokens of an answer")
     temperature: float = flag(0.0, "0: greedy; else sampling at this temperature")
@@ -73,11 +76,11 @@ def main(args: GenerateArgs) -> None:
     model.eval().requires_grad_(False)
     for start in range(0, len(prompts), args.batch_size):
         some = prompts[start : start + args.batch_size]
-        ids = [encode_prompt(tokenizer, text if args.raw else prompt(text)) for text in some]
+        worded = [encode_prompt(tokenizer, t) if args.raw else question_ids(tokenizer, t, args.template) for t in some]
         answers = generate(
-            model, ids, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start
+            model, worded, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start
         )
-        for text, head, new in zip(some, ids, answers):
+        for text, head, new in zip(some, worded, answers):
             if groups.rank() == 0:
                 answer = tokenizer.decode(new, after=head).strip()
                 print(

@@ -251,7 +251,7 @@ class Tokenizer:
         EOS. -> the file."""
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        for name in SIDECARS:
+        for name in (*SIDECARS, "chat_template.jinja"):
             source = self.path.with_name(name)
             if source.is_file() and source.resolve() != (directory / name).resolve():
                 shutil.copyfile(source, directory / name)

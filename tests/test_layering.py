@@ -16,6 +16,7 @@ MAY_IMPORT = {  # package or module of accessory -> what of accessory it may imp
     "config": set(),
     "log": set(),
     "launch": set(),
+    "plot": set(),
     "tokenizer_files": set(),
     "tokenizer": {"tokenizer_files", "config", "log"},
     "parallel": {"config", "log"},
@@ -130,11 +131,11 @@ def test_no_peer_at_run_time():
     assert not bad, shown(bad)
 
 
-def test_config_log_and_launch_import_without_torch():
+def test_config_log_launch_and_plot_import_without_torch():
     bad = [
         i
         for i in OURS
-        if unit_of(i.file) in ("config", "log", "launch", "__init__") and i.at_top and is_of(i.module, "torch")
+        if unit_of(i.file) in ("config", "log", "launch", "plot", "__init__") and i.at_top and is_of(i.module, "torch")
     ]
     assert not bad, shown(bad)
 

@@ -1,1 +1,2 @@
-"""From files to batches: records.py reads, templates.py words, sft.py tokenises, loader.py orders and batches."""
+"""From files to batches: records.py reads, formats.py understands, templates.py words, dialog.py tokenises and labels,
+sft.py mixes, packing.py packs, loader.py orders and batches."""

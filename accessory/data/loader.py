@@ -119,8 +119,8 @@ def parts(item: Item) -> list[Example]:
 
 
 def num_targets(item: Item) -> int:
-    """Tokens that a loss is computed on: neither the prompt's nor a sequence's first."""
-    return sum(max(len(e.ids) - max(e.prompt_len, 1), 0) for e in parts(item))
+    """Tokens that a loss is computed on: what an example has learnt, never a sequence's first."""
+    return sum(int(e.learnt().sum()) for e in parts(item))
 
 
 def collate(items: list[Item]) -> Batch:
@@ -131,8 +131,7 @@ def collate(items: list[Item]) -> Batch:
     starts = ends - lengths
     tokens = np.concatenate([e.ids for e in examples]).astype(np.int64)
     positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
-    masked = np.repeat([max(e.prompt_len, 1) for e in examples], lengths)
-    labels = np.where(positions < masked, IGNORED, tokens)
+    labels = np.where(np.concatenate([e.learnt() for e in examples]), tokens, IGNORED)
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
     rows = (torch.from_numpy(array[None]) for array in (tokens, labels, positions))
     return Batch(*rows, torch.from_numpy(cu_seqlens))

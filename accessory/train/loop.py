@@ -1,12 +1,14 @@
 """The one training loop, and the only backward().
 
     window (all micro batches of a step) -> forward, backward * accum_iter -> mp sums -> norm -> clip -> step
-        -> every logging_steps: metrics.jsonl; eval_steps: validation, samples; save_steps: a checkpoint; SIGTERM: save and leave
+        -> every logging_steps: metrics.jsonl; eval_steps: validation, best N, stop early?; sample_steps: answers to prompts;
+           save_steps: a checkpoint; SIGTERM: save and leave
 
 Loss and gradient are sums over supervised tokens divided by their number in the whole window over all dp ranks, known before
-the first backward: how a window is cut into ranks and micro batches does not change the result. Test: tests/dist, tests/e2e.
+the first backward: how a window is cut into ranks and micro batches does not change the result. Test: tests/dist, tests/e2e, tests/unit/test_stop.py.
 """
 
+import itertools
 import math
 from dataclasses import dataclass
 from typing import Any, Callable, Sequence
@@ -25,6 +27,7 @@ from accessory.train import optim
 from accessory.train.state import Late, StopSignal, Stopwatch, TrainState, reseed
 
 MAX_SKIPPED_IN_A_ROW = 20
+TEST_MICRO_BATCHES, TEST_EVAL_BATCHES = 2, 4  # of --as_test, on each rank: two, so that gradients add up once
 
 
 @dataclass
@@ -51,27 +54,55 @@ class LoopArgs:
     metric: str = flag(
         "val_loss", "what the best checkpoint is judged by", choices=("val_loss", "val_perplexity", "val_accuracy")
     )
+    early_stop_patience: int | None = flag(
+        None, "stop after so many validations in a row in which --metric did not improve; none: never"
+    )
+    stop_perplexity: float | None = flag(
+        None, "stop at the first validation after step 0 whose val_perplexity is this or less; none: never"
+    )
+    sample_steps: float = flag(
+        0, "answer --sample_prompts every so many steps; below 1: a share of the run; 0: with each validation"
+    )
+    as_test: bool = flag(
+        False,
+        "try everything once, in output_dir/as_test: one step, validation on a few batches, a sample, a checkpoint",
+    )
     seed: int = flag(0, "of the data's order, dropout and new weights")
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_iter", "epochs", "logging_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("eval_batch_size", "max_steps", "global_batch_size"):
+        for name in ("eval_batch_size", "max_steps", "global_batch_size", "early_stop_patience"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more, or none")
-        if self.eval_steps < 0 or self.save_steps < 0:
-            raise ValueError("--eval_steps and --save_steps cannot be negative")
+        if self.eval_steps < 0 or self.save_steps < 0 or self.sample_steps < 0:
+            raise ValueError("--eval_steps, --save_steps and --sample_steps cannot be negative")
+        if self.stop_perplexity is not None and self.stop_perplexity < 1:
+            raise ValueError(f"--stop_perplexity {self.stop_perplexity}: a perplexity is never below 1, or none")
 
     def sequences_per_step(self, dp_size: int) -> int:
-        return self.global_batch_size or self.batch_size * self.accum_iter * dp_size
+        whole = self.global_batch_size or self.batch_size * self.accum_iter * dp_size
+        return min(whole, self.batch_size * TEST_MICRO_BATCHES * dp_size) if self.as_test else whole
 
     def total_steps(self, windows: int) -> int:
-        return self.max_steps if self.max_steps is not None else self.epochs * windows
+        return 1 if self.as_test else self.max_steps if self.max_steps is not None else self.epochs * windows
+
+    def ends_early(self, state: TrainState) -> str | None:
+        """Why a run in this state is over before its last step; None where it goes on."""
+        if not state.validated_at:  # nor does the untouched model's validation end it
+            return None
+        if self.early_stop_patience is not None and state.metric == self.metric:
+            if state.stale >= self.early_stop_patience:
+                return f"{self.metric} has not improved for {state.stale} validation(s), --early_stop_patience {self.early_stop_patience}"
+        if self.stop_perplexity is not None:
+            if (perplexity := state.metrics["val_perplexity"]) <= self.stop_perplexity:
+                return f"val_perplexity is {perplexity:.4f}, --stop_perplexity {self.stop_perplexity:g}"
+        return None
 
 
 def every(steps: float, max_steps: int, windows: int) -> int:
-    """--eval_steps or --save_steps as a whole number of steps: a count, a share of the run, or (0) an epoch."""
+    """--eval_steps, --save_steps or --sample_steps as a whole number of steps: a count, a share of the run, or (0) an epoch."""
     return windows if steps == 0 else math.ceil(round(steps * max_steps, 6)) if steps < 1 else int(steps)
 
 
@@ -105,40 +136,49 @@ def fit(
     run_log: log.RunLog,
     evaluate: Callable[[], dict[str, float]] | None,
     sample: Callable[[int], None] | None,
-    save_best: bool,
+    save_best: int,
     save: Callable[[TrainState], None],
     save_failed: Callable[[], bool] = lambda: False,
     finish_save: Callable[[], None] = lambda: None,
 ) -> TrainState:
     """Trains from `state` to the last step. Every rank calls it with its own dp view of the same data.
 
-    `save` may go on after it returns: `save_failed` is asked every step, and where it is true on some rank `finish_save`,
+    `save_best`: how many checkpoints that are best by --metric are saved, beside the others. `save` may go on after it returns: `save_failed` is asked every step, and where it is true on some rank `finish_save`,
     which waits for it, is to raise on all. Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite
-    gradient. Returns the state reached, saved; it is short of the last step only after SIGTERM or SIGINT."""
+    gradient. Returns the state reached, saved; it is short of the last step only after SIGTERM or SIGINT, or where
+    args.ends_early(state)."""
     device, dp_size = groups.device(), groups.dp_size()
     per_step = args.sequences_per_step(dp_size)
     windows = windows_per_epoch(len(train_set), per_step)
     max_steps = args.total_steps(windows)
     eval_every, save_every = every(args.eval_steps, max_steps, windows), every(args.save_steps, max_steps, windows)
+    sample_every = every(args.sample_steps, max_steps, windows) if args.sample_steps else eval_every
     scale, in_a_row = optim.LossScale(precision, device), torch.zeros((), device=device)
     if state.loss_scale:
         scale.load_state_dict(state.loss_scale)
     signals, clock, late = StopSignal(), Stopwatch(), None
     logged_tokens, logged_seconds = 0, 0.0
     saved_at = state.step if state.step else None
+    state.judge_by(args.metric)
 
-    def validate() -> None:
-        if evaluate is not None:
-            state.metrics = evaluate()
-            better = state.metrics[args.metric] if args.metric == "val_accuracy" else -state.metrics[args.metric]
-            if state.best is None or better > state.best:
-                state.best, state.best_step = better, state.step
+    def look(validates: bool, samples: bool) -> bool:
+        """Validation and answers, of the model as it is. Returns whether that ends the run, early."""
+        if validates and evaluate is not None:
+            state.note(evaluate(), save_best)
             run_log.write({"step": state.step, "epoch": state.epoch + state.window / windows, **state.metrics})
             log.say(f"step {state.step}: " + ", ".join(f"{k} {v:.4f}" for k, v in state.metrics.items()), groups.rank())
-        if sample is not None:
+        ends = args.ends_early(state) is not None
+        if (samples or ends) and sample is not None:
             sample(state.step)
         reshard(model)
         model.train()
+        return ends
+
+    def keep() -> None:
+        nonlocal saved_at
+        state.loss_scale = scale.state_dict() if scale.active else {}
+        save(state)
+        saved_at = state.step
 
     def report(late: Late, record: dict[str, Any]) -> None:
         """Writes a finished step's line and stops a run that no longer learns. `late` was read from the device meanwhile."""
@@ -173,14 +213,17 @@ def fit(
             },
         )
 
-    if state.step == 0:
-        validate()
+    done = state.step >= max_steps or args.ends_early(state) is not None
+    # a signal ended the run before this step's validation
+    missed = evaluate is not None and state.step % eval_every == 0 and state.validated_at != state.step
+    if not done and (state.step == 0 or missed):
+        if done := look(validates=True, samples=state.step % sample_every == 0):
+            keep()
     model.train()
     run_log.start_bar(state.step)
     skipped_total = torch.tensor(float(state.skipped_steps), device=device)
     clock.lap()
-    stop = False
-    while state.step < max_steps and not stop:
+    while not done:
         stream = train_windows(
             train_set, batch_size=args.batch_size, sequences_per_step=per_step, dp_rank=groups.dp_rank(), dp_size=dp_size,
             seed=args.seed, epoch=state.epoch, start_window=state.window, num_workers=num_workers,
@@ -227,17 +270,15 @@ def fit(
             if failed:
                 finish_save()
             done = stop or state.step >= max_steps
-            evaluates, saves = done or state.step % eval_every == 0, done or state.step % save_every == 0
-            if evaluates or saves:
+            evaluates, samples, saves = (done or state.step % n == 0 for n in (eval_every, sample_every, save_every))
+            if evaluates or samples or saves:
                 report(*late)
                 late = None
-                if evaluates and not stop:
-                    validate()
-                    saves = saves or (save_best and state.best_step == state.step)
+                if (evaluates or samples) and not stop:
+                    done = look(evaluates, samples) or done
+                    saves = saves or done or state.step in state.best_steps
                 if saves and saved_at != state.step:
-                    state.loss_scale = scale.state_dict() if scale.active else {}
-                    save(state)
-                    saved_at = state.step
+                    keep()
                 clock.lap()
             if done:
                 break
@@ -254,21 +295,28 @@ def _factor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, objective: Callable, dataset: Sequence, batch_size: int, show_progress: bool
+    model: nn.Module,
+    objective: Callable,
+    dataset: Sequence,
+    batch_size: int,
+    show_progress: bool,
+    most_batches: int | None = None,
 ) -> dict[str, float]:
-    """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks.
+    """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks; or over the
+    first `most_batches` of each rank.
 
-    Every rank calls it; the result is the same on all."""
+    Every rank calls it; the result is the same on all, to the bit: decisions hang on it."""
     from tqdm import tqdm
 
     was_training, device = model.training, groups.device()
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, correct
     batches = eval_batches(dataset, eval_batch_size=batch_size, dp_rank=groups.dp_rank(), dp_size=groups.dp_size())
+    batches = itertools.islice(batches, most_batches)
     for batch in tqdm(batches, desc="validating", unit="batch", disable=not show_progress, leave=False):
         loss, count, metrics = objective(model, to_device(batch, device))
         sums += torch.stack((loss.double(), count.double(), metrics["correct"].double()))
-    loss, count, correct = groups.all_reduce(sums, groups.dp_group()).tolist()
+    loss, count, correct = groups.broadcast_object(groups.all_reduce(sums, groups.dp_group()).tolist())
     model.train(was_training)
     mean = loss / max(1, count)
     return {"val_loss": mean, "val_perplexity": math.exp(min(mean, 700)), "val_accuracy": correct / max(1, count)}

@@ -19,7 +19,7 @@ from accessory.data.loader import windows_per_epoch
 from accessory.model import Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
-from accessory.model.pretrained import build
+from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.grads import GradientRules
@@ -55,16 +55,26 @@ def train(
     and `report`, alike on every rank; `data` also has num_workers. Every rank calls it."""
     groups.init(parallel.model_parallel_size)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
-    directory = Path(run.output_dir)
+    if loop_args.as_test:  # beside the run itself, which it must not disturb, and always anew
+        run = dataclasses.replace(
+            run, output_dir=str(Path(run.output_dir) / "as_test"), resume=None, overwrite_output_dir=True
+        )
+    directory, began = Path(run.output_dir), Stopwatch()
     resumed = find_start(run, directory) if not run.dry_run else None
     if resumed is not None:
         loop_args = with_saved_batch(loop_args, resumed)
     checkpoint, args, tuning = open_start(run, tuning)
     tokenizer = open_tokenizer(run, checkpoint, args)
     train_set, val_set = load_data(data, tokenizer, loop_args.seed)
+    check_judged(loop_args, val_set)
 
     model = build(checkpoint, args, tuning)
     mark_trainable(model, tuning)
+    quantise(model, parallel)
+    if parallel.quant and not saves_adapter(run, tuning):
+        raise ValueError(
+            f"--only_save_trainable false with --quant {parallel.quant}: the weights are held in 4 bits, only an adapter can be saved: leave it out, and merge with tools/merge_lora.py"
+        )
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
     for line in plan.lines(plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)):
@@ -77,30 +87,28 @@ def train(
     log.say(f"weights {'loaded' if run.pretrained_path else 'drawn'} in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
+    position["quant"] = parallel.quant
     state = continue_from(resumed, model, optimizer, position) if resumed is not None else TrainState()
     state.data = position
-    if state.step >= max_steps:
-        log.say(
-            f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; a larger --max_steps or --epochs goes on",
-            groups.rank(),
-        )
+    if (ended := over(state, max_steps, loop_args)) is not None:
+        log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
         return
 
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected)
-    prompts = read_prompts(run.sample_prompts)
+    prompts = read_prompts(run.sample_prompts)[: 1 if loop_args.as_test else None]
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()
-    run_log = log.RunLog(
-        directory, groups.rank(), run.report_to == "tensorboard", state.step if resumed else None, max_steps
-    )
+    flags = resolved(run, parallel, tuning, data, optimizer_args, loop_args, args)
+    run_log = log.RunLog(directory, groups.rank(), run.report_to, state.step if resumed else None, max_steps, flags)
     if groups.rank() == 0:
-        write_config(directory, run, parallel, tuning, data, optimizer_args, loop_args, args)
+        (directory / "config.json").write_text(json.dumps(flags, indent=1))
     eval_batch = loop_args.eval_batch_size or loop_args.batch_size
 
     def evaluate() -> dict[str, float]:
-        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, show_progress=groups.rank() == 0)
+        most = loop.TEST_EVAL_BATCHES if loop_args.as_test else None
+        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, groups.rank() == 0, most)
 
     def sample(step: int) -> None:
         for prompt, text in zip(prompts, answer(model, tokenizer, prompts, SAMPLE_TOKENS)):
@@ -115,15 +123,22 @@ def train(
             model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
             precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=data.num_workers, run_log=run_log,
             evaluate=evaluate if val_set else None, sample=sample if prompts else None,
-            save_best=run.keep_best and val_set is not None, save_failed=saves.failed, finish_save=saves.finish,
-            save=lambda state: saves.start(state.step, state.to_json(), state.best_step if run.keep_best else None),
+            save_best=run.keep_best_n if run.keep_best and val_set is not None else 0, save_failed=saves.failed, finish_save=saves.finish,
+            save=lambda state: saves.start(state.step, state.to_json(), state.best_steps if run.keep_best else ()),
         )  # fmt: skip
     except (ValueError, OSError):
         saves.settle()  # a checkpoint that is being written is still wanted
         raise
     finally:
         run_log.close()  # also ends the bar's line, so that an error stands on its own
-    say_end(state, max_steps, directory, saves_adapter(run, tuning))
+    if loop_args.as_test:
+        seconds, memory = began.lap(), log.peak_memory_gb()
+        done = (
+            f"as_test: one step, validation and a checkpoint went well in {seconds:.0f} s, {memory:.2f} GB at the peak"
+        )
+        log.say(f"{done}; what it left may be deleted: {directory}", groups.rank())
+        return
+    say_end(state, max_steps, directory, saves_adapter(run, tuning), loop_args.ends_early(state))
 
 
 def saves_adapter(run: RunArgs, tuning: TuningArgs) -> bool:
@@ -176,14 +191,30 @@ def read_prompts(given: str | None) -> list[str]:
     return [given]
 
 
-def write_config(directory: Path, *sections: Any) -> None:
-    """config.json: every flag as it was resolved."""
-    resolved = {type(s).__name__: dataclasses.asdict(s) for s in sections}
-    (directory / "config.json").write_text(json.dumps(resolved, indent=1))
+def resolved(*sections: Any) -> dict[str, Any]:
+    """Every flag as it was resolved, by section: config.json."""
+    return {type(s).__name__: dataclasses.asdict(s) for s in sections}
 
 
-def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool) -> None:
-    if state.step < max_steps:
+def check_judged(args: loop.LoopArgs, val_set: Any) -> None:
+    """Raises ValueError where a run is to end by a validation that it does not have."""
+    for name in ("early_stop_patience", "stop_perplexity"):
+        if getattr(args, name) is not None and not val_set:
+            raise ValueError(
+                f"--{name} {getattr(args, name):g}: there is no validation data: give some, with --val_ratio for instance"
+            )
+
+
+def over(state: TrainState, max_steps: int, args: loop.LoopArgs) -> str | None:
+    """Why the run that stands here is at its end, and what would go on; None where it is not."""
+    if state.step >= max_steps:
+        return "a larger --max_steps or --epochs goes on"
+    early = args.ends_early(state)
+    return None if early is None else f"{early}; another value of that flag, or none, goes on"
+
+
+def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool, early: str | None = None) -> None:
+    if state.step < max_steps and early is None:
         log.say(f"stopped at step {state.step} of {max_steps}, saved; the same command continues", groups.rank())
         return
     best = f", best {state.best_step} ({abs(state.best):.4f})" if state.best is not None else ""
@@ -192,7 +223,8 @@ def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool) -
         if adapter
         else f"python tools/meta_to_hf.py --src {directory}/latest --dst DIR"
     )
-    log.say(f"done: {state.step} steps, {state.tokens} tokens{best}; next: {then}", groups.rank())
+    why = f" of {max_steps}, ended early: {early}" if early and state.step < max_steps else ""
+    log.say(f"done: {state.step} steps{why}, {state.tokens} tokens{best}; next: {then}", groups.rank())
 
 
 def say_counts(train_set: Any, val_set: Any, more: Callable[[Any], str]) -> None:

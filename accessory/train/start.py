@@ -57,6 +57,7 @@ class RunArgs:
     )
     save_total_limit: int | None = flag(None, "keep so many newest checkpoints; none: all")
     keep_best: bool = flag(True, "also save and keep the checkpoint that is best by --metric")
+    keep_best_n: int = flag(1, "with keep_best: so many best ones, of equal ones the earlier")
     only_save_trainable: bool | None = flag(
         None, "save an adapter, or all weights (false); none: an adapter if anything is frozen"
     )
@@ -66,7 +67,9 @@ class RunArgs:
     sample_prompts: str | None = flag(
         None, "an instruction, or a text file with one on each line, answered at every validation"
     )
-    report_to: str = flag("tensorboard", "beside metrics.jsonl", choices=("none", "tensorboard"))
+    report_to: list[str] = flag(
+        ["tensorboard"], "beside metrics.jsonl; several with commas", choices=("none", *log.REPORTERS)
+    )
     dry_run: bool = flag(False, "print the plan (parameters, memory, steps, tokens) and stop")
 
     def __post_init__(self) -> None:
@@ -76,6 +79,13 @@ class RunArgs:
             raise ValueError("--output_dir is missing: name a directory")
         if self.embedding_dim not in (0, 1):
             raise ValueError(f"--embedding_dim {self.embedding_dim}: 0 or 1")
+        if self.keep_best_n < 1:
+            raise ValueError(f"--keep_best_n {self.keep_best_n}: at least 1, or --keep_best false")
+        if isinstance(self.report_to, str):
+            self.report_to = [self.report_to]
+        if "none" in self.report_to and len(self.report_to) > 1:
+            raise ValueError(f"--report_to {','.join(self.report_to)}: none stands alone")
+        log.check_reporters(self.report_to)
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise ValueError(
                 f"--save_total_limit {self.save_total_limit}: at least 1, the only whole checkpoint is never deleted"
@@ -209,8 +219,9 @@ def continue_from(
         ("fingerprint", "the training data, tokenizer or data flags"),
         ("seed", "--seed"),
         ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
+        ("quant", "--quant"),
     ):
-        if state.data.get(key) != position[key]:
+        if state.data.get(key) != position.get(key):
             raise ValueError(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir"
             )

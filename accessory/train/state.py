@@ -1,7 +1,13 @@
-"""Where a run stands, as plain JSON, and the small clocks of the loop: late reading, randomness, signals."""
+"""Where a run stands, as plain JSON, and the small clocks of the loop: late reading, randomness, signals.
+
+    validation -> state.note: best of all | best N of the checkpoints (never retired) | validations without improvement
+
+Test: tests/unit/test_stop.py
+"""
 
 import dataclasses
 import hashlib
+import math
 import signal
 import time
 from dataclasses import dataclass, field
@@ -21,9 +27,13 @@ class TrainState:
     tokens: int = 0  # tokens seen, over all dp ranks
     supervised_tokens: int = 0
     skipped_steps: int = 0  # steps whose gradient was not finite
-    best: float | None = None  # of --metric
+    best: float | None = None  # of --metric, larger is better: a loss with a minus
     best_step: int | None = None
+    metric: str | None = None  # what best, ranked and stale speak of
+    ranked: list[list] = field(default_factory=list)  # [value, step] of the best checkpoints, best first; never step 0
+    stale: int = 0  # validations in a row that were no better than the best
     metrics: dict[str, float] = field(default_factory=dict)  # the last validation
+    validated_at: int | None = None  # its step
     loss_scale: dict[str, float] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)  # what the order of samples depends on; checked on resume
 
@@ -32,7 +42,37 @@ class TrainState:
 
     @classmethod
     def from_json(cls, content: dict[str, Any]) -> "TrainState":
-        return cls(**content)
+        """Also of a state that was saved when only the one best step was written down: its checkpoint stays the best."""
+        state = cls(**content)
+        if "ranked" not in content:
+            state.ranked = [[state.best, state.best_step]] if state.best_step else []
+            state.validated_at = state.step if state.metrics else None
+        return state
+
+    @property
+    def best_steps(self) -> list[int]:
+        """The best checkpoints, best first; of equal ones the earlier."""
+        return [step for _, step in self.ranked]
+
+    def judge_by(self, metric: str) -> None:
+        """By another metric than before, nothing is known of what was better."""
+        if self.metric not in (None, metric):
+            self.best, self.best_step, self.ranked, self.stale = None, None, [], 0
+        self.metric = metric
+
+    def note(self, metrics: dict[str, float], keep: int) -> None:
+        """A validation at this step. What is equal to the best is no improvement, and NaN never is one; step 0 is a best
+        to be beaten, and no checkpoint. `keep`: how many best checkpoints are ranked."""
+        assert self.metric is not None, "judge_by comes first"
+        self.metrics, self.validated_at = metrics, self.step
+        value = metrics[self.metric] if self.metric == "val_accuracy" else -metrics[self.metric]
+        self.stale += self.step > 0
+        if math.isnan(value):
+            return
+        if self.best is None or value > self.best:
+            self.best, self.best_step, self.stale = value, self.step, 0
+        if self.step:
+            self.ranked = sorted([*self.ranked, [value, self.step]], key=lambda r: (-r[0], r[1]))[:keep]
 
 
 def reseed(seed: int, step: int, dp_rank: int) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import random
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import pytest
@@ -298,10 +298,10 @@ class Killed(BaseException):
 
 
 def save_now(
-    run: runs.Run, directory: Path, step: int, keep_last: int | None = None, keep_step: int | None = None
+    run: runs.Run, directory: Path, step: int, keep_last: int | None = None, keep: Collection[int] = ()
 ) -> None:
     saver = runs.saver(run, directory, keep_last)
-    saver.start(step, TrainState(step=step).to_json(), keep_step)
+    saver.start(step, TrainState(step=step).to_json(), keep)
     saver.finish()
 
 
@@ -417,21 +417,21 @@ def test_all_ranks_raise_when_one_fails():
 def retained(directory: Path) -> list[list[int]]:
     run, found = runs.prepare(Case(1, 1, "lora")), []
 
-    def save(step: int, keep_last: int | None, keep_step: int | None) -> None:
-        save_now(run, directory, step, keep_last, keep_step)
+    def save(step: int, keep_last: int | None, *keep: int) -> None:
+        save_now(run, directory, step, keep_last, keep)
         found.append([step for step, _ in resume.steps(directory)])
 
     runs.train(run, steps=1)
     for step, best in ((1, 1), (2, 2), (3, 2), (4, 2), (5, 2), (6, 6)):
         save(step, 2, best)
     (directory / "step_00000006" / "params.json").unlink()  # the newest and best is no longer whole
-    resume.retire(directory, 1, None)
+    resume.retire(directory, 1)
     found.append([step for step, _ in resume.steps(directory)])
     (directory / "step_00000005" / "manifest.json").unlink()
-    resume.retire(directory, 1, 6)
+    resume.retire(directory, 1, [6])
     found.append([step for step, _ in resume.steps(directory)])
-    save(7, None, None)
-    save(7, 1, None)  # the same step again
+    save(7, None)
+    save(7, 1)  # the same step again
     assert resume.problem(directory / "step_00000007", hashes=True) is None
     assert (directory / "latest").resolve().name == "step_00000007"
     return found

@@ -24,7 +24,7 @@ FLAGS = """llama_config tokenizer_path pretrained_path lora_path pretrained_type
 cpu_offload precision batch_size eval_batch_size accum_iter epochs max_steps max_seq_len on_long lr min_lr lr_scheduler
 warmup_ratio warmup_steps weight_decay adam_betas adam_eps clip_grad checkpointing compile lora_rank lora_alpha lora_dropout
 lora_targets modules_to_save use_rslora rank_pattern alpha_pattern bias_tuning norm_tuning trainable output_dir overwrite_output_dir save_steps save_total_limit
-keep_best metric eval_steps logging_steps sample_prompts resume seed num_workers report_to only_save_trainable embedding_dim
+keep_best keep_best_n metric early_stop_patience stop_perplexity eval_steps logging_steps sample_prompts sample_steps as_test resume seed num_workers report_to only_save_trainable embedding_dim
 dry_run""".split()
 
 
@@ -157,5 +157,5 @@ def test_help_lists_every_flag_with_its_meaning():
     assert "--data_parallel {fsdp,sdp,ddp}" in done.stdout and "--on_long {truncate,drop,error}" in done.stdout
     assert (
         "--pretrained_type {meta_ori,consolidated,hf,gguf}" in done.stdout
-        and "--report_to {none,tensorboard}" in done.stdout
+        and "--report_to {none,tensorboard,wandb}" in done.stdout
     )

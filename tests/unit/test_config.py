@@ -149,11 +149,11 @@ def test_help_lists_every_flag_with_its_default(capsys: pytest.CaptureFixture) -
         assert line in text, line
 
 
-FLAGS = """--llama_config --tokenizer_path --pretrained_path --pretrained_type --data_config --val_ratio --model_parallel_size --data_parallel
---cpu_offload --precision --batch_size --eval_batch_size --accum_iter --global_batch_size --epochs --max_steps --max_seq_len --on_long --lr --min_lr --lr_scheduler
---warmup_ratio --warmup_steps --weight_decay --adam_betas --adam_eps --clip_grad --checkpointing --compile --lora_rank --lora_alpha
+FLAGS = """--llama_config --tokenizer_path --pretrained_path --pretrained_type --lora_path --data_config --val_ratio --model_parallel_size --data_parallel
+--cpu_offload --precision --batch_size --eval_batch_size --accum_iter --global_batch_size --epochs --max_steps --max_seq_len --on_long --template --template_date --train_on --tokenize --packing --preview --lr --min_lr --lr_scheduler
+--warmup_ratio --warmup_steps --weight_decay --adam_betas --adam_eps --clip_grad --checkpointing --compile --quant --lora_rank --lora_alpha
 --lora_dropout --lora_targets --modules_to_save --use_rslora --rank_pattern --alpha_pattern --bias_tuning --norm_tuning --trainable --output_dir --overwrite_output_dir --save_steps
---save_total_limit --keep_best --metric --eval_steps --logging_steps --sample_prompts --resume --seed --num_workers --report_to
+--save_total_limit --keep_best --keep_best_n --metric --early_stop_patience --stop_perplexity --eval_steps --logging_steps --sample_prompts --sample_steps --as_test --resume --seed --num_workers --report_to
 --only_save_trainable --embedding_dim --dry_run""".split()
 
 
@@ -161,9 +161,8 @@ def test_the_flags_of_fine_tuning_are_all_there() -> None:
     """Their names are fixed: people's scripts hold them."""
     from accessory import main_finetune as m
 
-    text = config.help_text(
-        [m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.optim.OptimArgs, m.loop.LoopArgs], ""
-    )
+    sections = [m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.optim.OptimArgs, m.loop.LoopArgs]
+    text = config.help_text(sections, "")
     listed = dict(re.findall(r"^  (--\w+).*\n +(\S.*)$", text, re.M))
     assert sorted(listed) == sorted(FLAGS) and all(len(meaning) > 10 for meaning in listed.values())
 

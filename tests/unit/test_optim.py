@@ -229,7 +229,7 @@ def train(tmp_path: Path, bad, steps: int, precision: str = "fp32") -> tuple[dic
         return loss * (float("inf") if bad(len(calls) - 1) else 1.0), count, metrics
 
     data = [Example(np.arange(6, dtype=np.int32) + i, 2) for i in range(5)]
-    run_log = log.RunLog(tmp_path, 0, False, None, steps)
+    run_log = log.RunLog(tmp_path, 0, (), None, steps)
     state = loop.fit(
         model, optim.adamw(model, args), rules, objective, data, TrainState(), loop.LoopArgs(batch_size=5, max_steps=steps), args,
         precision=precision, data_parallel="fsdp", num_workers=0, run_log=run_log, evaluate=None, sample=None, save_best=False, save=lambda s: None,

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from accessory.data.records import read_config, read_records
+from accessory.data.records import Entry, read_config, read_dialogs
 from accessory.data.sft import DataArgs, SFTDataset, load_sft, ordered_map, weighted
 from accessory.data.templates import encode_example, encode_prompt, prompt
 from accessory.tokenizer import Tokenizer
@@ -168,8 +168,8 @@ def test_a_file_becomes_its_examples_in_order(
     lengths = [len(train[i].ids) for i in range(300)]
     supervised = sum(len(train[i].ids) - train[i].prompt_len for i in range(300))
     assert train.report._asdict() == {
-        **{"read": 300, "truncated": 0, "dropped": 0, "examples": 300},
-        **{"tokens": sum(lengths), "supervised_tokens": supervised},
+        **{"read": 300, "truncated": 0, "dropped": 0, "unlabelled": 0, "examples": 300},
+        **{"tokens": sum(lengths), "supervised_tokens": supervised, "packs": 0},
     }
     assert train[7].ids.dtype == np.int32
     assert tokenizer.decode(train[0].ids) == prompt("Say the number 0.", "in words 0") + "answer 0"
@@ -181,9 +181,9 @@ def test_what_editors_leave_is_taken(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_bytes(b"\xef\xbb\xbf" + f"[{line},\r\n{line}]\r\n\r\n".encode())
     (tmp_path / "c.jsonl").write_text('{"instruction": "a", "output": "b"}')  # no newline at the end
     (tmp_path / "D.JSONL").write_text(json.dumps({"instruction": "a", "output": "x\u2028y\x85z"}, ensure_ascii=False))
-    assert [r.where for r in read_records(tmp_path / "a.jsonl")] == [f"{tmp_path}/a.jsonl:{n}" for n in (1, 3)]
-    assert [len(read_records(tmp_path / n)) for n in ("b.json", "c.jsonl", "D.JSONL")] == [2, 1, 1]
-    assert read_records(tmp_path / "D.JSONL")[0].output == "x\u2028y\x85z"
+    assert [r.where for r in read_dialogs(Entry(tmp_path / "a.jsonl"))] == [f"{tmp_path}/a.jsonl:{n}" for n in (1, 3)]
+    assert [len(read_dialogs(Entry(tmp_path / n))) for n in ("b.json", "c.jsonl", "D.JSONL")] == [2, 1, 1]
+    assert read_dialogs(Entry(tmp_path / "D.JSONL"))[0].messages[1].text == "x\u2028y\x85z"
 
 
 GOOD = b'{"instruction": "a", "output": "b"}\n'
@@ -198,7 +198,7 @@ GOOD = b'{"instruction": "a", "output": "b"}\n'
         ("d.jsonl", GOOD * 4 + b'{"instruction": "caf\xe9", "output": "b"}\n', ":5:", "byte 0xe9 is not UTF-8"),
         ("d.jsonl", GOOD + b'{"instruction": "a"}\n', ":2:", '"output" is missing .keys there: instruction'),
         ("d.jsonl", GOOD + b'{"output": "a"}\n', ":2:", '"instruction" is missing'),
-        ("d.jsonl", b'{"conversations": []}\n', ":1:", '"instruction" is missing .keys there: conversations'),
+        ("d.jsonl", b'{"text": "a"}\n', ":1:", '"instruction" is missing .keys there: text'),
         ("d.jsonl", b"{}\n", ":1:", "keys there: none"),
         ("d.jsonl", GOOD + b'{"instruction": "a", "output": 42}\n', ":2:", '"output" is a number, not text'),
         ("d.jsonl", GOOD + b'{"instruction": "a", "output": null}\n', ":2:", '"output" is null, not text'),
@@ -325,7 +325,7 @@ def test_weights_over_several_sets(tmp_path: Path, tokenizer: Tokenizer) -> None
         ("", "no META list"),
         ("META:\n  - {path: a.json\n  - x", "d.yaml:3: not YAML"),
         ("META:\x00", "not YAML"),
-        ("META: [{path: data.csv}]", "data.csv: data is .json .a list. or .jsonl"),
+        ("META: [{path: data.csv}]", "data.csv: data is .json .a list., .jsonl"),
     ],
 )
 def test_bad_yaml_is_one_line(tmp_path: Path, tokenizer: Tokenizer, content: str, said: str) -> None:

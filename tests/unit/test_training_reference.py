@@ -173,7 +173,7 @@ def train_ours(
         model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
     )
     start = weights_of(model)
-    run_log, saved = log.RunLog(tmp_path, 0, False, None, STEPS), []
+    run_log, saved = log.RunLog(tmp_path, 0, (), None, STEPS), []
     state = loop.fit(
         model, optimizer, rules, objectives.next_token, data, TrainState(), loop_args, optim_args,
         precision="fp32", data_parallel=parallel.data_parallel, num_workers=0, run_log=run_log,
