@@ -27,7 +27,9 @@ from accessory.train.start import RunArgs
 
 def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, SFTDataset | None]:
     sets = load_sft(data, tokenizer, seed, show_progress=groups.rank() == 0)
-    say_counts(*sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long, {r.unlabelled} with nothing to learn")
+    say_counts(
+        *sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long, {r.unlabelled} with nothing to learn"
+    )
     if data.preview:
         if groups.rank() == 0:
             print(preview(sets[0], tokenizer, data.preview, colour=sys.stdout.isatty()))

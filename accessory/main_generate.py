@@ -36,7 +36,8 @@ class GenerateArgs:
     prompt: str | None = flag(None, "one instruction")
     prompts_file: str | None = flag(None, "a text file with one instruction on each line")
     template: str | None = flag(
-        None, "words around the instruction, as in training; checkpoint: the chat_template beside the tokenizer; none: alpaca"
+        None,
+        "words around the instruction, as in training; checkpoint: the chat_template beside the tokenizer; none: alpaca",
     )
     raw: bool = flag(False, "continue the text as it is, without the instruction template")
     max_new_tokens: int = flag(128, "most tokens of an answer")

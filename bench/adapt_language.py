@@ -51,7 +51,13 @@ def main(
             for name in ("tokenizer", "expanded", "corpus"):
                 (run / name).symlink_to((place / "seed0" / name).resolve())
         variables = {"pretrained_path": pretrained_path, "text": place / "poems.jsonl", "work": run, "new_tokens": 3000}
-        variables |= {"block_size": 128, "val_ratio": 0.002, "precision": "fp32", "checkpointing": "false", "seed": seed}
+        variables |= {
+            "block_size": 128,
+            "val_ratio": 0.002,
+            "precision": "fp32",
+            "checkpointing": "false",
+            "seed": seed,
+        }
         variables |= {"batch_size": 8, "global_batch_size": 8, "max_steps": steps, "lr": 1e-3, "eval_steps": steps}
         subprocess.run(
             ["bash", "exps/adapt_language.sh"],

@@ -104,9 +104,7 @@ def test_answers_end_with_their_token_not_with_the_line(tokenizer: Tokenizer) ->
 
 def test_a_template_that_rewrites_earlier_turns_is_refused_by_name(tokenizer: Tokenizer) -> None:
     """As those do that take the thinking out of all answers but the last."""
-    source = (
-        "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else m.content[:2] }}<|im_end|>{% endfor %}"
-    )
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content if loop.last or m.role == 'user' else m.content[:2] }}<|im_end|>{% endfor %}"
     with pytest.raises(
         ValueError, match="^d:1: --template mine writes the first 3 messages in another way .*--train_on last"
     ):

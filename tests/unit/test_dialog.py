@@ -45,7 +45,12 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     import sentencepiece
 
     directory = tmp_path_factory.mktemp("tokenizer")
-    lines = ["grass is green, snow is white and coal is black", "ASSISTANT: abc Hello world:", "###", "a:: b:: c ::"] * 9
+    lines = [
+        "grass is green, snow is white and coal is black",
+        "ASSISTANT: abc Hello world:",
+        "###",
+        "a:: b:: c ::",
+    ] * 9
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         **{"model_prefix": str(directory / "tokenizer"), "vocab_size": 350, "model_type": "bpe", "minloglevel": 2},
