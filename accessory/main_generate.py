@@ -12,7 +12,7 @@ import torch
 
 from accessory import config
 from accessory.config import flag
-from accessory.data.templates import encode_prompt, question_ids
+from accessory.data.templates import question_ids
 from accessory.generation.engine import generate
 from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
 from accessory.parallel import groups
@@ -77,7 +77,10 @@ def main(args: GenerateArgs) -> None:
     model.eval().requires_grad_(False)
     for start in range(0, len(prompts), args.batch_size):
         some = prompts[start : start + args.batch_size]
-        worded = [encode_prompt(tokenizer, t) if args.raw else question_ids(tokenizer, t, args.template) for t in some]
+        worded = [
+            tokenizer.encode(t, bos=tokenizer.add_bos) if args.raw else question_ids(tokenizer, t, args.template)
+            for t in some
+        ]
         answers = generate(
             model, worded, args.max_new_tokens, args.temperature, args.top_p, tokenizer.eos_ids, args.seed + start
         )

@@ -236,3 +236,17 @@ def _forget_meshes() -> None:
     from torch.distributed.tensor import debug
 
     debug._clear_sharding_prop_cache()
+
+
+def gathered(tensor: torch.Tensor) -> torch.Tensor:
+    """The dp ranks' parts put together: this mp rank's slice. Collective over dp."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def gather_over_mp(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The mp ranks' tensors, of one shape, in rank order, on every mp rank. Collective over mp."""
+    from accessory.parallel import groups
+
+    parts = [torch.empty_like(tensor) for _ in range(groups.mp_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous(), group=groups.mp_group())
+    return parts

@@ -6,7 +6,7 @@ python tools/lora_to_peft.py --src ADAPTER --dst DIR [--base DIR]
 from pathlib import Path
 
 from accessory.checkpoint.adapter import fitted, model_args, open_adapter, open_base
-from accessory.checkpoint.formats import TOKENIZER_FILES, _tokenizer
+from accessory.checkpoint.formats import TOKENIZER_FILES, tokenizer_in
 from accessory.checkpoint.formats_write import copy_tokenizer, new_directory
 from accessory.checkpoint.peft import write_peft
 from accessory.config import run_tool
@@ -24,7 +24,7 @@ def main(*, src: str, dst: str, base: str | None = None) -> None:
     terms, tensors = open_adapter(src)
     checkpoint = open_base(terms, Path(src), base)
     terms, tensors = fitted(terms, tensors, checkpoint, src)
-    tokenizer = _tokenizer(Path(src), TOKENIZER_FILES) or checkpoint.tokenizer
+    tokenizer = tokenizer_in(Path(src), TOKENIZER_FILES) or checkpoint.tokenizer
     with new_directory(dst) as directory:
         written = write_peft(directory, tensors, terms, model_args(checkpoint), str(checkpoint.path.resolve()))
         copy_tokenizer(tokenizer, directory)

@@ -6,7 +6,7 @@ python tools/peft_to_lora.py --src PEFTDIR --dst DIR --base BASE
 from pathlib import Path
 
 from accessory.checkpoint.adapter import base_record, fitted, model_args, open_adapter, write_adapter
-from accessory.checkpoint.formats import TOKENIZER_FILES, _finish, _tokenizer, lay_adapter, open_checkpoint
+from accessory.checkpoint.formats import TOKENIZER_FILES, finished, lay_adapter, open_checkpoint, tokenizer_in
 from accessory.checkpoint.formats_write import copy_tokenizer, new_directory, write_json
 from accessory.config import run_tool
 from accessory.weights.peft import FromPEFT
@@ -29,10 +29,10 @@ def main(*, src: str, dst: str, base: str | None = None) -> None:
         raise ValueError(f"--src {src} is an adapter of this library already: it needs no conversion")
     checkpoint = open_checkpoint(base)
     terms, tensors = fitted(terms, adapter, checkpoint, src)
-    args = model_args(_finish(lay_adapter(checkpoint, Path(src), terms, tensors)))
+    args = model_args(finished(lay_adapter(checkpoint, Path(src), terms, tensors)))
     terms = {k: v for k, v in terms.items() if v or k not in ("use_rslora", "rank_pattern", "alpha_pattern")}
     terms["base"] = base_record(checkpoint, show_progress=True)
-    tokenizer = _tokenizer(Path(src), TOKENIZER_FILES) or checkpoint.tokenizer
+    tokenizer = tokenizer_in(Path(src), TOKENIZER_FILES) or checkpoint.tokenizer
     with new_directory(dst) as directory:
         whole = {n: tensors.read(n) for n in tensors.names()}
         write_adapter(directory, whole, terms, expect_trained=False, args=args)

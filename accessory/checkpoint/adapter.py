@@ -19,7 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.formats import ADAPTER_CONFIG, ADAPTER_FILE, Checkpoint, _finish, lay_adapter, open_checkpoint
+from accessory.checkpoint.formats import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    Checkpoint,
+    finished,
+    lay_adapter,
+    open_checkpoint,
+)
 from accessory.checkpoint.formats_read import SafetensorsFiles, file_sha256, read_json
 from accessory.checkpoint.formats_write import save_safetensors
 from accessory.checkpoint.peft import PEFT_CONFIG, open_peft
@@ -205,7 +212,7 @@ def with_adapter(checkpoint: Checkpoint, lora_path: str | Path, tuning: TuningAr
             f"--lora_path {lora_path}: holds no {ADAPTER_CONFIG} and no {PEFT_CONFIG}: give an adapter's directory"
         )
     terms, tensors = fitted(*open_adapter(directory), checkpoint, directory)
-    laid = _finish(lay_adapter(checkpoint, directory, terms, tensors))
+    laid = finished(lay_adapter(checkpoint, directory, terms, tensors))
     check_whole(tensors, terms, model_args(laid), directory)
     on_its_base = replace(laid, path=checkpoint.path, files=checkpoint.files, parts=checkpoint.parts)
     return on_its_base, _agreed(tuning, TuningArgs.from_terms(terms), lora_path)

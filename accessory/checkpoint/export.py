@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from accessory.checkpoint.adapter import base_record, by_part, place, write_adapter
-from accessory.checkpoint.formats_write import finish_torch, layout_torch, write_json
+from accessory.checkpoint.formats_stream import finish_torch, layout_torch
+from accessory.checkpoint.formats_write import write_json
 from accessory.checkpoint.pieces import Box, Piece, StateFiles, pieces, within
 from accessory.model.args import ModelArgs
 from accessory.parallel import groups

@@ -84,7 +84,7 @@ def open_checkpoint(
         raise ValueError(
             f"{path} holds only differences (*{DIFF_SUFFIX}): name what they are added to before it: BASE,{path}"
         )
-    return _finish(open_kind(path, kind, files))
+    return finished(open_kind(path, kind, files))
 
 
 def paths_of(path: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -233,7 +233,7 @@ def _open_pth(path: Path, kind: str, files: list[Path], known: dict[str, Any]) -
         shard = TorchFile(file)
         shards.append(Renamed(shard, {n: n for n in shard.names() if not n.endswith(IGNORED_SUFFIXES)}))
     source = Merged(shards, known | params, files)
-    tokenizer = _tokenizer(path, TOKENIZER_FILES) or _tokenizer(path.parent, TOKENIZER_FILES[:1])
+    tokenizer = tokenizer_in(path, TOKENIZER_FILES) or tokenizer_in(path.parent, TOKENIZER_FILES[:1])
     lora = _lora_inside(source, _params_file(path))
     return Checkpoint(path, kind, source, params, tokenizer, source.embedding_dim, lora, files)
 
@@ -283,7 +283,7 @@ def _open_hf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     weight_map = _weight_map(index) if path.is_dir() and index.is_file() else None
     weights = (TorchFiles if bin_files else SafetensorsFiles)(files, weight_map)
     source = hf.FromHF(weights, params.get("head_dim") or params["dim"] // params["n_heads"])
-    return Checkpoint(path, kind, source, params, _tokenizer(directory, TOKENIZER_FILES[::-1]), None, None, files)
+    return Checkpoint(path, kind, source, params, tokenizer_in(directory, TOKENIZER_FILES[::-1]), None, None, files)
 
 
 def _open_gguf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
@@ -293,15 +293,15 @@ def _open_gguf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     head_dim = params.get("head_dim") or params["dim"] // params["n_heads"]
     source = gguf.from_gguf(file, file.metadata["general.architecture"], head_dim)
     return Checkpoint(
-        path, kind, source, params, _tokenizer(files[0].parent, TOKENIZER_FILES), None, None, files, file.metadata
+        path, kind, source, params, tokenizer_in(files[0].parent, TOKENIZER_FILES), None, None, files, file.metadata
     )
 
 
-def _tokenizer(directory: Path, names: tuple[str, ...]) -> Path | None:
+def tokenizer_in(directory: Path, names: tuple[str, ...]) -> Path | None:
     return next((directory / n for n in names if (directory / n).is_file()), None)
 
 
-def _finish(checkpoint: Checkpoint) -> Checkpoint:
+def finished(checkpoint: Checkpoint) -> Checkpoint:
     """What the tensors tell and params.json does not: biases, norms of q and k, and an output.weight that a tie makes superfluous."""
     names = checkpoint.source.names()
     checkpoint.params |= told_by_tensors(names)  # also over a params.json written before bias tuning added them
@@ -328,7 +328,7 @@ def _open_over_base(path: Path, base: str | Path | None) -> Checkpoint:
     from accessory.checkpoint.adapter import open_adapter, open_base
 
     config, tensors = open_adapter(path)
-    return _finish(lay_adapter(open_base(config, path, base), path, config, tensors))
+    return finished(lay_adapter(open_base(config, path, base), path, config, tensors))
 
 
 def lay_adapter(checkpoint: Checkpoint, path: Path, config: dict[str, Any], tensors: Source) -> Checkpoint:
@@ -354,7 +354,7 @@ def lay_adapter(checkpoint: Checkpoint, path: Path, config: dict[str, Any], tens
         path=path,
         source=Overlay(checkpoint.source, tensors),
         params=params,
-        tokenizer=_tokenizer(path, TOKENIZER_FILES) or checkpoint.tokenizer,
+        tokenizer=tokenizer_in(path, TOKENIZER_FILES) or checkpoint.tokenizer,
         adapter=config,
         files=[*checkpoint.files, *(f for name in ADAPTER_FILES if (f := path / name).is_file())],
         parts=[*checkpoint.parts, path],

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor
 
 from accessory.checkpoint.formats_stream import Specs, specs_of, write_safetensors, write_torch
-from accessory.checkpoint.formats_stream import finish_torch as finish_torch  # offered here too
-from accessory.checkpoint.formats_stream import layout_torch as layout_torch
 from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.weights import Renamed, Source, expected_shapes, hf, require_keys
 from accessory.weights.reshard import split, split_shapes

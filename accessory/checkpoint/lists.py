@@ -20,7 +20,7 @@ from accessory.checkpoint.difference import added_to
 from accessory.checkpoint.formats import (
     LORA_SCALES,
     Checkpoint,
-    _finish,
+    finished,
     is_adapter,
     lay_adapter,
     open_checkpoint,
@@ -46,7 +46,7 @@ def open_list(paths: Sequence[Path], pretrained_type: str | None = None, base: s
         later.tokenizer = later.tokenizer if beside else checkpoint.tokenizer or later.tokenizer
         checkpoint = later
     _check_vocabulary(checkpoint)
-    return _finish(replace(checkpoint, path=Path(",".join(map(str, paths)))))
+    return finished(replace(checkpoint, path=Path(",".join(map(str, paths)))))
 
 
 def _require_whole(first: Checkpoint) -> None:

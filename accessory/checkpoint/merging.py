@@ -17,9 +17,9 @@ from accessory.checkpoint.adapter import base_record, by_part, model_args, open_
 from accessory.checkpoint.formats import (
     TOKENIZER_FILES,
     Checkpoint,
-    _tokenizer,
     is_adapter,
     open_checkpoint,
+    tokenizer_in,
     told_by_tensors,
 )
 from accessory.weights import Source
@@ -61,7 +61,7 @@ def stack(
             tensors = tensors.over(running, args)
             terms = tensors.terms
         running = Adapted(running, tensors, terms, path)
-        tokenizer = _tokenizer(path, TOKENIZER_FILES) or tokenizer
+        tokenizer = tokenizer_in(path, TOKENIZER_FILES) or tokenizer
     assert isinstance(running, Adapted)
     names = running.names()
     params = root.params | {"vocab_size": running.shape(VOCABULARY[0])[0]} | told_by_tensors(names)

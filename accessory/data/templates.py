@@ -21,7 +21,6 @@ Test: pytest tests/unit/test_templates.py
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,7 @@ from ..config import unknown_name
 from ..tokenizer import Tokenizer
 from . import dialog
 from .chat_template import ChatTemplate, beside
-from .dialog import Encoder, Message, Piece, Template
-from .dialog import encode_prompt as dialog_prompt
+from .dialog import Encoder, Message, Piece, Template, encode_prompt
 
 BELOW = "Below is an instruction that describes a task"
 WITH_INPUT = (
@@ -264,26 +262,7 @@ def open_template(
     return ChatTemplate(beside(path) or "", tokenizer, name, date)
 
 
-def prompt(instruction: str, input: str = "") -> str:
-    """Stanford's prompt, with the input's section where `input` is not empty. Braces in the texts stay as they are."""
-    template = WITH_INPUT if input else WITHOUT_INPUT
-    return template.format(instruction=instruction, input=input)
-
-
-def encode_prompt(tokenizer: Tokenizer, text: str) -> list[int]:
-    """A prompt's ids, in training as in generation."""
-    return tokenizer.encode(text, bos=tokenizer.add_bos)
-
-
 def question_ids(tokenizer: Tokenizer, text: str, template: str | None = None, date: str = "") -> list[int]:
     """What an answer to one question is generated from: the question in a template, Alpaca's where none is named."""
     worded = open_template(template, tokenizer, "alpaca", date=date)
-    return dialog_prompt([Message("user", text)], worded, Encoder(tokenizer))
-
-
-def encode_example(tokenizer: Tokenizer, text: str, output: str) -> tuple[list[int], int]:
-    """-> (ids of prompt + output + EOS, how many of them are the prompt's): the template `none` for one turn."""
-    pieces = Named("none", tokenizer).pieces([Message("user", text), Message("assistant", output)])
-    runs = Encoder(tokenizer).runs(pieces, [1], "joint")
-    learnt = [run.message == 1 for run in runs for _ in run.ids]
-    return list(chain.from_iterable(run.ids for run in runs)), learnt.index(True)
+    return encode_prompt([Message("user", text)], worded, Encoder(tokenizer))

@@ -88,8 +88,3 @@ def rows_of_rank(tensor: torch.Tensor) -> tuple[tuple[int, int], bool]:
         return (0, rows), True
     part = -(-rows // groups.dp_size())
     return (min(groups.dp_rank() * part, rows), min((groups.dp_rank() + 1) * part, rows)), False
-
-
-def gathered(tensor: torch.Tensor) -> torch.Tensor:
-    """The dp ranks' parts put together: this mp rank's slice. Collective over dp."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

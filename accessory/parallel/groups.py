@@ -184,15 +184,6 @@ def broadcast_object(value):
     return box[0]
 
 
-def gather_over_mp(tensor: Tensor) -> list[Tensor]:
-    """The mp ranks' tensors, of one shape, in rank order, on every mp rank. Collective over mp."""
-    if mp_size() == 1:
-        return [tensor]
-    parts = [torch.empty_like(tensor) for _ in range(mp_size())]
-    dist.all_gather(parts, tensor.contiguous(), group=mp_group())
-    return parts
-
-
 def from_first_rank(work: Callable[[], Any]) -> Any:
     """What `work()` gives on rank 0, on every rank: for reading that once is enough. Every rank calls it; a ValueError or
     OSError of rank 0 is raised on all, as a ValueError with the same text."""

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from accessory.parallel import groups, layers, loss
-from tests.helpers import run_ranks
+from tests.helpers import gather_over_mp, run_ranks
 
 V, D = 101, 16
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2e-2}
@@ -48,7 +48,7 @@ def ours(hidden, weight, targets, v: int = V, factor: float = 1.0, trains=(True,
     w_grad = None
     if w.grad is not None:
         assert not w.grad[stop - start :].any(), "a padding row has a gradient"
-        w_grad = torch.cat(groups.gather_over_mp(w.grad))[:v]
+        w_grad = torch.cat(gather_over_mp(w.grad))[:v]
     return total.detach(), h.grad, w_grad, correct
 
 

@@ -15,7 +15,7 @@ from accessory.model.llama import kv_copied, shard_dim
 from accessory.model.lora import TuningArgs, packed_weights
 from accessory.model.quant import dequantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, gathered, local
+from accessory.parallel.fsdp import ParallelArgs, local
 from accessory.train import loop, optim
 from accessory.train.run import train
 from accessory.train.start import RunArgs
@@ -23,7 +23,7 @@ from accessory.weights.lora import merged
 from tests.dist import runs
 from tests.dist.runs import Case
 from tests.dist.test_parity import same_run
-from tests.helpers import random_weights, run_ranks, tiny_args, write_tiny_checkpoint, write_tiny_data
+from tests.helpers import gather_over_mp, gathered, random_weights, run_ranks, tiny_args, write_tiny_checkpoint, write_tiny_data
 
 LAYOUTS = [
     Case(1, 2, "lora", cut=(1, 4), quant="nf4"),
@@ -84,7 +84,7 @@ def unpacked(case: Case) -> tuple[dict[str, torch.Tensor], dict[str, tuple[int, 
         packed = gathered(linear.weight.detach())
         held[name] = local(linear.weight.detach()).nbytes, packed.nbytes
         value = dequantise(packed, linear.packed, linear.table, torch.float32)
-        parts = groups.gather_over_mp(value.contiguous())
+        parts = gather_over_mp(value.contiguous())
         if kv_copied(name):
             parts = parts[:: max(1, groups.mp_size() // case.args.kv_heads)]
         found[name] = torch.cat(parts, shard_dim(name))

@@ -75,6 +75,7 @@ def test_smoke_and_the_same_command_again(script, clone):
     before = hashes(clone / "output")
     again, quicker = run(clone, script, SMOKE=1)
     assert again.code == 0 and re.search("finished", again.output, re.I), again.output
+    assert "step/s" not in again.output and "s/step" not in again.output, again.output  # it trained nothing
     assert quicker < 1.2 * seconds  # the tiny model trains in a second: starting up is most of either
     assert hashes(clone / "output") == before
 

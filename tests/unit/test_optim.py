@@ -12,11 +12,12 @@ from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import partial_grad
-from accessory.parallel.fsdp import gathered, sharder
+from accessory.parallel.fsdp import sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.optim import OptimArgs, lr_at
 from accessory.train.state import TrainState
+from tests.helpers import gathered
 
 STEPS = 200
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from accessory.checkpoint.formats_write import special_ids
-from accessory.data.templates import encode_example, prompt
 from accessory.tokenizer import Tokenizer
+from tests.unit.test_sft import encode_example, prompt
 
 tokenizers = pytest.importorskip("tokenizers")
 

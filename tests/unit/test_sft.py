@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accessory.data.dialog import Encoder, Message
+from accessory.data.dialog import encode_prompt as dialog_prompt
 from accessory.data.records import Entry, read_config, read_dialogs
 from accessory.data.sft import DataArgs, SFTDataset, load_sft, ordered_map, weighted
-from accessory.data.templates import encode_example, encode_prompt, prompt
+from accessory.data.templates import Named, open_template, question_ids
 from accessory.tokenizer import Tokenizer
 
 RECORDS = [
@@ -70,17 +72,29 @@ def answers(dataset: SFTDataset, tokenizer: Tokenizer) -> list[str]:
 # --- prompts and labels -----------------------------------------------------------------------------------------------
 
 
-def test_stanfords_prompts_to_the_byte() -> None:
-    assert prompt("Add.", "1, 2") == (
-        "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
-        "response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd.\n\n### Input:\n1, 2\n\n### Response:"
-    )
-    assert prompt("Add.") == (
-        "Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\nAdd.\n\n### Response:"
-    )
-    assert "{x} {0} {instruction}" in prompt("{x} {0} {instruction}", "{input}")
+def prompt(instruction: str, input: str = "") -> str:
+    """Stanford's prompt, as its train.py has it."""
+    more = ", paired with an input that provides further context" if input else ""
+    head = f"Below is an instruction that describes a task{more}. Write a response that appropriately completes the request."
+    section = f"\n\n### Input:\n{input}" if input else ""
+    return f"{head}\n\n### Instruction:\n{instruction}{section}\n\n### Response:"
+
+
+def encode_example(tokenizer: Tokenizer, text: str, output: str) -> tuple[list[int], int]:
+    """(ids of text + output + EOS, how many of them are the text's), by the template `none`."""
+    pieces = Named("none", tokenizer).pieces([Message("user", text), Message("assistant", output)])
+    runs = Encoder(tokenizer).runs(pieces, [1], "joint")
+    learnt = [run.message == 1 for run in runs for _ in run.ids]
+    return [i for run in runs for i in run.ids], learnt.index(True)
+
+
+@pytest.mark.parametrize("words", [("Add.", ""), ("Add.", "1, 2"), ("{x} {0} {instruction}", "{input}")])
+def test_stanfords_prompts_to_the_byte(tokenizer: Tokenizer, words: tuple[str, str]) -> None:
+    expected = tokenizer.encode(prompt(*words), bos=tokenizer.add_bos)
+    message = Message("user", words[0], input=words[1])
+    assert dialog_prompt([message], open_template("alpaca", tokenizer), Encoder(tokenizer)) == expected
+    if not words[1]:
+        assert question_ids(tokenizer, words[0]) == expected != question_ids(tokenizer, words[0], "vicuna")
 
 
 def random_answer(rng: random.Random) -> str:
@@ -91,7 +105,7 @@ def random_answer(rng: random.Random) -> str:
 def check_labels(tokenizer: Tokenizer, outputs: list[str]) -> int:
     """-> in how many of the outputs the joint tokenisation did not begin with the prompt's ids."""
     separate, text = 0, prompt("Say it.")
-    head = encode_prompt(tokenizer, text)
+    head = tokenizer.encode(text, bos=tokenizer.add_bos)
     for output in outputs:
         ids, prompt_len = encode_example(tokenizer, text, output)
         assert ids[:prompt_len] == head  # what generation starts from
@@ -355,7 +369,7 @@ def test_flags_are_checked(flags: dict) -> None:
 
 
 def lengths_of(tokenizer: Tokenizer) -> tuple[int, list[int]]:
-    prompt_len = len(encode_prompt(tokenizer, prompt("Say the number 1.")))
+    prompt_len = len(question_ids(tokenizer, "Say the number 1."))
     return prompt_len, encode_example(tokenizer, prompt("Say the number 1."), "one two three four five six")[0]
 
 

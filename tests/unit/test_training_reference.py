@@ -23,11 +23,12 @@ from accessory.model import shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad
 from accessory.model.pretrained import build, open_pretrained
-from accessory.parallel.fsdp import ParallelArgs, gathered
+from accessory.parallel.fsdp import ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.start import materialise
 from accessory.train.state import TrainState
+from tests.helpers import gathered
 from tests.unit.test_llama import LLAMA3, meta_name, meta_tensor, peer
 
 transformers = pytest.importorskip("transformers")
