@@ -83,11 +83,11 @@ def write_tiny_checkpoint(
 
 
 @functools.cache
-def tiny_tokenizer() -> bytes:
+def tiny_tokenizer(**options) -> bytes:
     from sentencepiece import SentencePieceTrainer
 
     text, model = [sentence for row in _rows(24) for sentence in (row["instruction"], row["output"])], io.BytesIO()
-    kind = {"model_type": "bpe", "vocab_size": 320, "byte_fallback": True, "hard_vocab_limit": False}
+    kind = {"model_type": "bpe", "vocab_size": 320, "byte_fallback": True, "hard_vocab_limit": False} | options
     SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, minloglevel=2, **kind)
     return model.getvalue()
 

@@ -21,6 +21,7 @@ from ..config import flag
 from ..tokenizer import Tokenizer
 from . import store
 from .readers import Unit, cut
+from .words import open_words
 
 LONG = 2**17  # bytes of text that are tokenised at once
 SHORT = 2**13  # the same for a tokenizer.json: that library's time for a byte grows with the text
@@ -87,7 +88,8 @@ class Encoder:
         self.tail = [t._required(t.eos_id, "EOS")] if args.append_eos or args.blocks == "minima" else []
         if args.blocks == "minima":
             self.tail.append(t._required(t.bos_id, "BOS"))
-        self.dtype = store.token_dtype(t.vocab_size)
+        self.dtype = np.dtype(store.token_dtype(t.vocab_size))
+        self.words = open_words(t, self.dtype)
 
     def __call__(self, unit: Unit) -> Encoded:
         if unit.kind == "ids":
@@ -95,40 +97,52 @@ class Encoder:
         texts, lines, bad = READERS[unit.kind](unit.payload, self.args)
         flat, ends = self.flat(texts, first=unit.first or unit.kind != "text")
         if unit.kind == "text" and unit.last:
-            flat += self.tail
+            flat = np.concatenate([flat, np.array(self.tail, self.dtype)])
             ends = [len(flat)]
         if self.args.blocks == "cla":
             flat, ends = cla_blocks(flat, self.args.block_size)
-        return Encoded(np.array(flat, self.dtype), np.array(ends, np.int64), lines, bad)
+        return Encoded(flat, np.array(ends, np.int64), lines, bad)
 
-    def flat(self, texts: list[str | tuple[str]], first: bool) -> tuple[list[int], list[int]]:
-        """All ids in one list, and where documents end. A text in a tuple is part of a document: no end is set."""
-        flat: list[int] = []
+    def flat(self, texts: list[str | tuple[str]], first: bool) -> tuple[np.ndarray, list[int]]:
+        """All ids in one array, and where documents end. A text in a tuple is part of a document: no end is set."""
+        parts: list[bytes] = []
         ends: list[int] = []
+        size, last = 0, 0
+        head, tail = self.packed(self.head), self.packed(self.tail)
         for text, ids in self.batched(texts, first):
             whole = not isinstance(text, tuple)
-            flat += (self.head if whole or first else []) + ids + (self.tail if whole else [])
-            if whole and len(flat) > (ends[-1] if ends else 0):
-                ends.append(len(flat))
-        return flat, ends
+            parts += (head if whole or first else b"", ids, tail if whole else b"")
+            size += sum(map(len, parts[-3:]))
+            if whole and size > last:
+                last = size
+                ends.append(size // self.dtype.itemsize)
+        return np.frombuffer(b"".join(parts), self.dtype), ends
 
-    def batched(self, texts: list, first: bool) -> Iterator[tuple[Any, list[int]]]:
-        """(text, its ids) in order, short texts many at a time."""
+    def packed(self, ids: list[int]) -> bytes:
+        return np.array(ids, self.dtype).tobytes()
+
+    def batched(self, texts: list, first: bool) -> Iterator[tuple[Any, bytes]]:
+        """(text, its ids as bytes) in order, short texts many at a time."""
+        if self.words is not None:
+            for text in texts:
+                part = isinstance(text, tuple)
+                yield text, self.words.encode(text[0] if part else text, first or not part)
+            return
         batch: list[str] = []
         size = 0
         for text in texts:
             part = isinstance(text, tuple)
             if part or len(text) > self.piece // 4:
-                yield from zip(batch, encode_batch(self.tokenizer, batch))
+                yield from zip(batch, map(self.packed, encode_batch(self.tokenizer, batch)))
                 batch, size = [], 0
-                yield text, self.long(text[0] if part else text, first or not part)
+                yield text, self.packed(self.long(text[0] if part else text, first or not part))
                 continue
             batch.append(text)
             size += len(text)
             if size > LONG:
-                yield from zip(batch, encode_batch(self.tokenizer, batch))
+                yield from zip(batch, map(self.packed, encode_batch(self.tokenizer, batch)))
                 batch, size = [], 0
-        yield from zip(batch, encode_batch(self.tokenizer, batch))
+        yield from zip(batch, map(self.packed, encode_batch(self.tokenizer, batch)))
 
     def long(self, text: str, first: bool) -> list[int]:
         """The ids of a text of any length; not `first`: as it goes on after earlier text."""
@@ -243,7 +257,7 @@ def not_utf8(error: UnicodeDecodeError) -> str:
     return f"byte 0x{error.object[error.start]:02x} is not UTF-8"
 
 
-def cla_blocks(flat: list[int], size: int) -> tuple[list[int], list[int]]:
+def cla_blocks(flat: np.ndarray, size: int) -> tuple[np.ndarray, list[int]]:
     """Chinese-LLaMA-Alpaca's grouping of one batch of lines: whole blocks, the rest dropped; fewer ids than a block are
     one short block."""
     total = len(flat) // size * size or len(flat)

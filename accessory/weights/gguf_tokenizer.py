@@ -13,8 +13,8 @@ import json
 from collections import Counter
 from typing import Any
 
-from accessory.weights import sentencepiece_proto
-from accessory.weights.sentencepiece_proto import CONTROL, UNUSED, USER_DEFINED, SentencePieceModel
+from accessory import sentencepiece_proto
+from accessory.sentencepiece_proto import CONTROL, UNUSED, USER_DEFINED, SentencePieceModel
 
 BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 LLAMA3_SPLIT = (

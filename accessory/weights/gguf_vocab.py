@@ -12,9 +12,9 @@ import json
 import re
 from typing import Any
 
-from accessory.weights import sentencepiece_proto
+from accessory import sentencepiece_proto
+from accessory.sentencepiece_proto import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 from accessory.weights.gguf_tokenizer import NORMALIZERS, PRE_TOKENIZERS, WHOLE_WORDS
-from accessory.weights.sentencepiece_proto import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED
 
 # Added tokens that are control tokens whatever the file calls them.
 SPECIAL_LOOK = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<unused.*>", re.DOTALL)

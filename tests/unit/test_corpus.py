@@ -9,23 +9,38 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from accessory import sentencepiece_proto
 from accessory.data import corpus, corpus_encode, corpus_work, readers
 from accessory.data.corpus import CorpusArgs, build
 from accessory.data.store import ENDS, META, TOKENS, Store
 from accessory.data.tfrecord import Records, Writer, index_path
+from accessory.data.words import open_words
+from accessory.sentencepiece_proto import BPE
 from accessory.tokenizer import Tokenizer
 from tests.helpers import ROOT, assets, tiny_tokenizer
 
 WORDS = "the sky is blue, grass green; snow white. Ünïcödé 中国人 and 3.14159 emoji 🎉 tab\tend".split(" ")
 
 
+LIKE_LLAMA = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}  # tokenised word by word
+
+
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
+    path.write_bytes(tiny_tokenizer(**LIKE_LLAMA))
+    return Tokenizer.open(path)
+
+
+@pytest.fixture(scope="module")
+def normalising(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """One that changes characters and spaces: whole texts go through it."""
     path = tmp_path_factory.mktemp("tok") / "tokenizer.model"
     path.write_bytes(tiny_tokenizer())
     return Tokenizer.open(path)
@@ -74,8 +89,11 @@ def mixed_texts() -> list[str]:
 # --- the ids ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["tokenizer", "normalising"])
 @pytest.mark.parametrize("bos, eos", [(False, True), (True, True), (True, False), (False, False)])
-def test_documents_are_the_tokenizers_ids(tmp_path: Path, tokenizer: Tokenizer, bos: bool, eos: bool) -> None:
+def test_documents_are_the_tokenizers_ids(tmp_path: Path, bos: bool, eos: bool, kind: str, request) -> None:
+    tokenizer = request.getfixturevalue(kind)
+    assert (open_words(tokenizer, np.dtype("<u2")) is None) == (kind == "normalising")
     src = write_mixed(tmp_path / "src")
     store = built(src, tmp_path / "s", tokenizer, unit_bytes=3000, append_eos=eos, prepend_bos=bos)
     assert documents(store) == [tokenizer.encode(t, bos=bos, eos=eos) for t in mixed_texts()]
@@ -138,6 +156,84 @@ def test_a_batch_is_each_text_by_itself(parts: tuple) -> None:
     tokenizer = Tokenizer.open(assets(*parts))
     texts = [text_of(i, 30) for i in range(20)] + ["", " ", "</s> <|im_end|>", "\n"]
     assert corpus_encode.encode_batch(tokenizer, texts) == [tokenizer.encode(t) for t in texts]
+
+
+def every_text(rng: np.random.Generator, tokenizer: Tokenizer) -> list[str]:
+    """Random joins of what could go wrong at a space, and real lines where they are there."""
+    bits = [
+        "the",
+        "a",
+        " ",
+        "  ",
+        "   ",
+        "\n",
+        "\n ",
+        "\t",
+        "▁",
+        "▁▁",
+        "中国人",
+        "🎉",
+        "é",
+        "e\u0301",
+        "\u3000",
+        "\xa0",
+        "x" * 40,
+    ]
+    texts = ["".join(rng.choice(bits, rng.integers(0, 12))) for _ in range(3000)]
+    return texts + ["", " ", "  ", " a", "a ", "a  ", "</s> <s>", "<0x0A> <unk>", "\x00 \x01"]
+
+
+@pytest.mark.parametrize("parts", [None, *(p for p in REAL if p[1] != "tokenizer.json")], ids=str)
+def test_words_are_the_tokenizers_own_ids(tokenizer: Tokenizer, parts: tuple | None) -> None:
+    """Also as text goes on, also where a word is found again."""
+    if parts is not None:
+        tokenizer = Tokenizer.open(assets(*parts))
+    dtype = np.dtype("<u4")
+    words = open_words(tokenizer, dtype)
+    if tokenizer.kind != "sentencepiece" or sentencepiece_proto.read(tokenizer.raw).model_type != BPE:
+        assert words is None
+        return
+    assert words is not None
+    for text in every_text(np.random.default_rng(0), tokenizer):
+        for _ in range(2):
+            assert np.frombuffer(words.encode(text), dtype).tolist() == tokenizer.encode(text), repr(text)
+        went_on = np.frombuffer(words.encode(text, first=False), dtype).tolist()
+        assert went_on == tokenizer.encode_continuation(text), repr(text)
+    assert "中国人" in words and "x" * 40 not in words
+
+
+NOT_BY_WORDS = {
+    "a piece over a space": {
+        "pieces": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "a▁b"],
+        "types": [2, 3, 3, *[1] * 5],
+    },
+    "a user's piece with a space": {},
+    "no space before a text": {"add_space_prefix": False},
+    "spaces are merged": {"remove_extra_whitespaces": True},
+    "characters are changed": {"charsmap": b"x"},
+    "unigram": {"model_type": 1},
+    "the space after a word": {"whitespace_as_suffix": True},
+}
+
+
+@pytest.mark.parametrize("why", NOT_BY_WORDS)
+def test_where_words_are_not_apart_whole_texts_are_encoded(why: str, tokenizer: Tokenizer, monkeypatch) -> None:
+    user = why == "a user's piece with a space"
+    parts = {
+        "pieces": ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "▁user▁" if user else "▁b"],
+        "types": [2, 3, 3, 1, 1, 1, 1, 4 if user else 1],
+        "scores": [0.0] * 8,
+        "remove_extra_whitespaces": False,
+    }
+    plain = sentencepiece_proto.SentencePieceModel(**parts)
+    monkeypatch.setattr(sentencepiece_proto, "read", lambda raw: replace(plain, **NOT_BY_WORDS[why]))
+    assert open_words(tokenizer, np.dtype("<u2")) is None
+    monkeypatch.setattr(
+        sentencepiece_proto,
+        "read",
+        lambda raw: replace(plain, types=[2, 3, 3, *[1] * 5], pieces=[*plain.pieces[:7], "▁b"]),
+    )
+    assert open_words(tokenizer, np.dtype("<u2")) is not None
 
 
 # --- the same bytes ---------------------------------------------------------------------------------------------------

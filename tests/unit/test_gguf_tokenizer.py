@@ -8,9 +8,10 @@ import pytest
 import tokenizers as library
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from accessory import sentencepiece_proto
 from accessory.checkpoint.formats_read import GGUFFile
 from accessory.tokenizer import Tokenizer
-from accessory.weights import gguf_tokenizer, sentencepiece_proto
+from accessory.weights import gguf_tokenizer
 from accessory.weights.gguf_vocab import byte_letters, pre_tokenizer_name, vocabulary
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared/assets"
