@@ -114,7 +114,8 @@ def with_value(word: str, following: str, known: list[str], alone: set[str]) -> 
 def unknown_name(kind: str, name: str, known: Sequence[str]) -> str:
     """'unknown KIND NAME', with the nearest known one or, without a near one, where to look."""
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown {kind} {name}: " + (
+    shown = name if name.isprintable() and len(name) <= 100 else ascii(name[:100])  # it may come from a file
+    return f"unknown {kind} {shown}: " + (
         f"did you mean {near[0]}?"
         if near
         else "--help lists them all"

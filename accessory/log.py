@@ -4,6 +4,7 @@ and Weights & Biases what is in metrics.jsonl.
     output/<exp>/metrics.jsonl   {"step", "epoch", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "memory_gb", ...}
                                  {"step", "epoch", "val_loss", "val_perplexity", "val_accuracy"}
     output/<exp>/samples.jsonl   {"step", "prompt", "answer"}
+    output/<exp>/timing.jsonl    {"step", "time": {"steps", "seconds": {"data", "forward", "backward", ...}}}   one, as a run ends
     output/<exp>/wandb_id        the run's name at Weights & Biases, so that a continued run goes on there
 
 A resumed run drops the lines of steps that it will do again, so that every step is in the file once.

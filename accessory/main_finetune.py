@@ -10,7 +10,8 @@ torchrun with a quiet end. The same command again continues the run (--resume au
 import sys
 from functools import partial
 
-from accessory import config
+from accessory import config, log
+from accessory.data import carried
 from accessory.data.preview import preview
 from accessory.data.sft import DataArgs, SFTDataset, load_sft
 from accessory.data.templates import question_ids
@@ -30,6 +31,7 @@ def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, S
     say_counts(
         *sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long, {r.unlabelled} with nothing to learn"
     )
+    log.say(carried.line(sets[0].template), groups.rank())
     if data.preview:
         if groups.rank() == 0:
             print(preview(sets[0], tokenizer, data.preview, colour=sys.stdout.isatty()))
@@ -38,9 +40,12 @@ def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, S
     return sets
 
 
-def answer(data: DataArgs, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
+def answer(
+    data: DataArgs, train_set: SFTDataset, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int
+) -> list[str]:
     """Greedy answers to instructions, worded as in training. Every rank calls it."""
-    ids = [question_ids(tokenizer, p, data.template, data.template_date or "") for p in prompts]
+    template = carried.asked_with(tokenizer, data.template, data.template_date or "", train_set.template)
+    ids = [question_ids(tokenizer, p, template) for p in prompts]
     answers = generate(model, ids, most, eos_ids=tokenizer.eos_ids)
     return [tokenizer.decode(new, after=head).strip() for head, new in zip(ids, answers)]
 

@@ -5,6 +5,7 @@ other; with --prompts_file one JSON object {"prompt", "answer"} a line.
 """
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 
 from accessory import config
 from accessory.config import flag
+from accessory.data import carried
+from accessory.data.dialog import Template
 from accessory.data.templates import question_ids
 from accessory.generation.engine import generate
 from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
@@ -37,7 +40,8 @@ class GenerateArgs:
     prompts_file: str | None = flag(None, "a text file with one instruction on each line")
     template: str | None = flag(
         None,
-        "words around the instruction, as in training; checkpoint: the chat_template beside the tokenizer; none: alpaca",
+        "words around the instruction; checkpoint: the chat_template beside the tokenizer; none given: what the checkpoint "
+        "was trained with (its template.json), else alpaca",
     )
     raw: bool = flag(False, "continue the text as it is, without the instruction template")
     max_new_tokens: int = flag(128, "most tokens of an answer")
@@ -71,6 +75,7 @@ def main(args: GenerateArgs) -> None:
         if args.prompt is not None
         else [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
     )
+    template = None if args.raw else template_of(args, tokenizer, checkpoint.parts)
     model = build(checkpoint, model_args, carried_tuning(checkpoint))
     dtype = DTYPES[args.precision] if args.precision else checkpoint.source.dtype("tok_embeddings.weight")
     fill(model, checkpoint, lambda name: dtype, groups.device(), show_progress=groups.rank() == 0)
@@ -78,7 +83,7 @@ def main(args: GenerateArgs) -> None:
     for start in range(0, len(prompts), args.batch_size):
         some = prompts[start : start + args.batch_size]
         worded = [
-            tokenizer.encode(t, bos=tokenizer.add_bos) if args.raw else question_ids(tokenizer, t, args.template)
+            question_ids(tokenizer, t, template) if template else tokenizer.encode(t, bos=tokenizer.add_bos)
             for t in some
         ]
         answers = generate(
@@ -93,6 +98,16 @@ def main(args: GenerateArgs) -> None:
                     else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False),
                     flush=True,
                 )
+
+
+def template_of(args: GenerateArgs, tokenizer: Tokenizer, parts: list[Path]) -> Template:
+    """--template, or the checkpoint's; rank 0 says on stderr which."""
+    file = carried.find(parts) if args.template is None else None
+    template = carried.asked_with(tokenizer, args.template, "", carried.read(file) if file else None)
+    origin = "--template" if args.template else file or f"by default, {args.pretrained_path} carries none"
+    if groups.rank() == 0:
+        print(f"template: {template.name} ({origin})", file=sys.stderr)
+    return template
 
 
 def entry(args: GenerateArgs) -> None:

@@ -27,7 +27,7 @@ def load(data: PretrainDataArgs, tokenizer: Tokenizer, seed: int) -> tuple[Block
     return sets
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
+def answer(train_set: Blocks, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
     """How the prompts go on, greedily. Every rank calls it."""
     ids = [tokenizer.encode(p, bos=tokenizer.add_bos) for p in prompts]
     answers = generate(model, ids, most, eos_ids=tokenizer.eos_ids)

@@ -63,11 +63,18 @@ def _run(path: Path, base: str | None, show_progress: bool) -> tuple[dict[str, A
     ]
     chosen = next((c for c in found if c["latest"]), found[-1])
     report, checkpoint = describe(chosen["path"], None, base, show_progress)
-    best = report.get("saved", {}).get("state", {}).get("best_step")
+    best = _best(report.get("saved", {}).get("state", {}))
     for c in found:
-        c["best"] = best is not None and c["step"] == best
+        c["best"] = best.index(c["step"]) + 1 if c["step"] in best else None
     wrong = [c["problem"] for c in found if c["problem"] and c is not chosen]
     return report | {"run": str(path), "checkpoints": found, "problems": report["problems"] + wrong}, checkpoint
+
+
+def _best(state: dict[str, Any]) -> list[int]:
+    """The steps that --keep_best keeps, best first; of a state from before --keep_best_n its one."""
+    if "ranked" in state:
+        return [step for _, step in state["ranked"]]
+    return [state["best_step"]] if state.get("best_step") else []
 
 
 def _saved(path: Path, show_progress: bool) -> dict[str, Any]:
@@ -262,7 +269,8 @@ def _saved_rows(saved: dict[str, Any] | None) -> list[tuple[str, str]]:
 
 
 def _step(c: dict[str, Any]) -> str:
-    marks = [word for word in ("latest", "best") if c[word]]
+    marks = ["latest"] if c["latest"] else []
+    marks += [f"best {c['best']}" if c["best"] > 1 else "best"] if c["best"] else []
     return f"{Path(c['path']).name}  {c['problem'] or 'whole'}{'  (' + ', '.join(marks) + ')' if marks else ''}"
 
 

@@ -1,7 +1,7 @@
 """The training state as pieces: each rank writes what it holds, and where that lies in the whole, true tensor.
 
     resume/state-00002-of-00008.safetensors    layers.0.attention.wq.weight              a piece of the parameter, fp32
-                                               layers.0.attention.wq.weight/exp_avg      and of its moments
+                                               layers.0.attention.wq.weight/exp_avg      and of its moments, fp32 or bf16
                                                layers.0.attention.wq.weight/exp_avg_sq
       __metadata__["pieces"], JSON             {name: {"at": [[24, 36], [0, 48]], "of": [48, 48]}}
 
@@ -100,8 +100,11 @@ def write_state(file: Path, held: dict[str, Piece], names: Collection[str], tens
     owned = {name: held[name] for name in names if held[name].owned}
     keys = [key for name in owned for key in with_moments(name) if key in tensors]
     where = {name: {"at": piece.box, "of": piece.shape} for name, piece in owned.items()}
-    specs = {key: (tuple(tensors[key].shape), torch.float32) for key in keys}
-    stored = ((key, tensors[key].to("cpu", torch.float32)) for key in keys)
+    dtypes = {
+        key: torch.bfloat16 if "/" in key and tensors[key].dtype == torch.bfloat16 else torch.float32 for key in keys
+    }
+    specs = {key: (tuple(tensors[key].shape), dtypes[key]) for key in keys}
+    stored = ((key, tensors[key].to("cpu", dtypes[key])) for key in keys)
     write_safetensors(file, specs, stored, {"pieces": json.dumps(where)})
 
 
@@ -207,7 +210,8 @@ def read_places(file: Path) -> tuple[dict[str, tuple[Box, tuple[int, ...]]], set
         raise ValueError(f"{file}: {DAMAGED} ({odd[0]} is in its list of pieces or among its tensors, not in both)")
     for key, name in expected.items():
         box, shape = places[name]
+        kinds = ("F32", "BF16") if "/" in key else ("F32",)  # moments as --optim_states holds them
         inside = len(box) == len(shape) and all(0 <= a < b <= n for (a, b), n in zip(box, shape))
-        if not inside or header[key]["shape"] != [b - a for a, b in box] or header[key]["dtype"] != "F32":
+        if not inside or header[key]["shape"] != [b - a for a, b in box] or header[key]["dtype"] not in kinds:
             raise ValueError(f"{file}: {DAMAGED} ({key} is {header[key]['shape']}, its place {box} of {shape})")
     return places, trained

@@ -4,7 +4,7 @@
                  latest -> step_00000100
 
     resume/  state.json                              position, AdamW's step, format_version
-             state-00000-of-00004.safetensors ...    trained parameters and moments, fp32, as pieces (pieces.py)
+             state-00000-of-00004.safetensors ...    trained parameters and moments, as pieces (pieces.py)
 
 A directory without a manifest, or whose files have other sizes than it says, does not exist for us.
 Test: tests/dist/test_resume.py, tests/dist/test_any_layout.py, tests/e2e/test_resume.py.
@@ -53,7 +53,7 @@ def retire_all(run: Path) -> None:
     """Removes a run's checkpoints and metrics, for a run that starts anew in its directory. One rank."""
     for _, path in steps(run):
         os.replace(path, run / f".trash-{uuid.uuid4().hex[:8]}")
-    for name in ("latest", "metrics.jsonl", "samples.jsonl"):
+    for name in ("latest", "metrics.jsonl", "samples.jsonl", "timing.jsonl"):
         (run / name).unlink(missing_ok=True)
     retire(run, None)
 
@@ -138,13 +138,16 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dic
     for name in files.names():
         piece, tensors = held[name], {name: parameters[name].detach()}
         if name in files.trained:
-            moments = moments_of(parameters[name], optimizer)
+            parameter = parameters[name]
+            moments = moments_of(parameter, optimizer)
             moments["step"].fill_(state["adam_step"])
             tensors |= {f"{name}/{m}": moments[m] for m in MOMENTS}
         for key, tensor in tensors.items():
             mine = local(tensor)
             mine[piece.rows :] = 0  # padding
             files.fill(key, piece.box, mine[: piece.rows])
+        if name in files.trained and hasattr(optimizer, "keep"):
+            optimizer.keep(parameter, moments)
     return state
 
 
@@ -161,7 +164,10 @@ def _check_names(path: Path, files: StateFiles, shapes: dict[str, tuple[int, ...
 
 
 def moments_of(parameter: nn.Parameter, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's state of a parameter; made, of zeros, where there was no step yet."""
+    """AdamW's state of a parameter; made, of zeros, where there was no step yet. Of moments in 8 bits, a copy in fp32, which
+    `optimizer.keep` takes back."""
+    if hasattr(optimizer, "moments"):
+        return optimizer.moments(parameter)
     moments = optimizer.state[parameter]
     if not moments:
         moments["step"] = torch.zeros((), dtype=torch.float32, device=local(parameter).device)

@@ -62,16 +62,18 @@ class Snapshot:
     def take(self) -> float:
         """Copies; returns AdamW's own step. On a GPU the copies are queued on the stream that the optimizer's next step is
         queued on, so it waits for them and the host does not; `ready` does. The frozen do not change: no copy of them."""
-        trained = {n: moments_of(p, self.optimizer) for n, p in self.model.named_parameters() if p.requires_grad}
-        adam_step = next(iter(trained.values()))["step"].item()  # the same for all; read before the copies are queued
+        trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        some = moments_of(next(iter(trained.values())), self.optimizer)
+        adam_step = some["step"].item()  # the same for all; read before the copies are queued
         for name, parameter in self.model.named_parameters():
             if (piece := self.held.get(name)) is None:
                 continue
             mine = local(parameter.detach())[: piece.rows]
             if piece.written and name in trained:
                 self._copy(name, mine)
+                moments = moments_of(parameter, self.optimizer) if piece.owned else {}
                 for moment in MOMENTS if piece.owned else ():
-                    self._copy(f"{name}/{moment}", local(trained[name][moment])[: piece.rows])
+                    self._copy(f"{name}/{moment}", local(moments[moment])[: piece.rows])
             elif piece.written:
                 self.tensors[name] = mine
         if groups.device().type == "cuda":

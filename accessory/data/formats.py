@@ -11,6 +11,7 @@ Other keys are left alone. "train" (or "weight", 0 or 1) is for --train_on flagg
 """
 
 from collections.abc import Callable
+from itertools import islice
 from typing import Any
 
 from ..config import unknown_name
@@ -61,7 +62,7 @@ def recognise(item: Any) -> str | None:
 def alpaca(item: dict, where: str) -> list[Message]:
     for key in ("instruction", "output"):
         if key not in item:
-            keys = ", ".join(map(str, item)) or "none"
+            keys = keys_of(item)
             raise ValueError(
                 f'{where}: "{key}" is missing (keys there: {keys}): a record needs instruction and output, or messages, '
                 "conversations, prompt and completion, or input alone"
@@ -92,8 +93,7 @@ def chat(list_key: str, role_key: str, text_key: str) -> Callable[[dict, str], l
             raise ValueError(f'{where} is {name_of(m)}: write {{"{role_key}": ..., "{text_key}": ...}}')
         for key in (role_key, text_key):
             if key not in m:
-                keys = ", ".join(map(str, m)) or "none"
-                raise ValueError(f'{where}: "{key}" is missing (keys there: {keys})')
+                raise ValueError(f'{where}: "{key}" is missing (keys there: {keys_of(m)})')
         if m.get("tool_calls"):
             raise ValueError(f"{where}: it has tool_calls, which are not read: write the call into {text_key}")
         role = text_of(m, role_key, where)
@@ -111,7 +111,7 @@ def joined(content: Any, where: str) -> Any:
         return content
     for part in content:
         if not isinstance(part, dict) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, dict) else name_of(part)
+            kind = shown(part.get("type")) if isinstance(part, dict) else name_of(part)
             raise ValueError(f"{where}: a part of its content is {kind}, and only text is trained on: remove it")
     return "".join(text_of(part, "text", where) for part in content)
 
@@ -120,7 +120,7 @@ def train_flag(m: dict, where: str) -> bool | None:
     for key in ("train", "weight"):
         if m.get(key) is not None:
             if m[key] not in (0, 1):
-                raise ValueError(f'{where}: "{key}" is {m[key]!r}: true or false')
+                raise ValueError(f'{where}: "{key}" is {shown(m[key], ascii)}: true or false')
             return bool(m[key])
     return None
 
@@ -149,13 +149,23 @@ def text(item: dict, where: str) -> list[Message]:
 
 def text_of(item: dict, key: str, where: str) -> str:
     if key not in item:
-        raise ValueError(f'{where}: "{key}" is missing (keys there: {", ".join(map(str, item)) or "none"})')
+        raise ValueError(f'{where}: "{key}" is missing (keys there: {keys_of(item)})')
     value = item[key]
     if not isinstance(value, str):
         raise ValueError(f'{where}: "{key}" is {name_of(value)}, not text: put it in quotes')
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f'{where}: "{key}" holds half of a surrogate pair: write the character itself')
     return value
+
+
+def keys_of(item: dict) -> str:
+    return ", ".join(shown(key) for key in islice(item, 20)) or "none"
+
+
+def shown(value: Any, words: Callable[[Any], str] = str) -> str:
+    """A value from a file for an error's one line: not long, no line end, nothing that steers a terminal."""
+    text = words(value)[:60]
+    return text if text.isprintable() else ascii(text)
 
 
 def name_of(value: Any) -> str:

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 from ..config import unknown_name
 from .dialog import Dialog, Message
-from .formats import READERS, name_of, parse
+from .formats import READERS, name_of, parse, shown
 
 ENTRY_KEYS = (
     *("path", "type", "weight", "split", "limit", "format", "template", "system"),
@@ -181,8 +181,9 @@ def read_parquet(path: Path) -> Iterator[tuple[Any, str]]:
         raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
     try:
         rows = parquet.ParquetFile(io.BytesIO(read_bytes(path))).read().to_pylist()
-    except (ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a whole parquet file ({' '.join(str(error).split())}): fetch it again") from None
+    except (ArrowException, OSError, UnicodeDecodeError) as error:
+        reason = shown(" ".join(str(error).split()))
+        raise ValueError(f"{path}: not a whole parquet file ({reason}): fetch it again") from None
     for number, row in enumerate(rows, 1):  # a column that a record does not have is null there
         yield {key: value for key, value in row.items() if value is not None}, f"{path}: row {number}"
 

@@ -24,8 +24,9 @@ import numpy as np
 
 from ..config import flag
 from ..tokenizer import Tokenizer
+from . import carried
 from .dialog import TOKENIZE, TRAIN_ON, Dialog, Encoded, Encoder, Rules, Template, encode_dialog
-from .packing import best_fit
+from .packing import packs_of
 from .records import Entry, read_config, read_dialogs, read_tokens
 from .templates import open_template
 
@@ -126,7 +127,7 @@ class SFTDataset:
     """Examples in one flat array. Reading is thread-safe; an item is a view, not a copy.
 
     order[i] is the stored example at place i of an epoch: with a weight of 2 it is there twice. An item is the example at
-    a place, or with `packs`, (places of each item), the list of those at its places."""
+    a place, or with `packs`, (places of each item), the list of those at its places. `template`: see carried.py."""
 
     def __init__(
         self,
@@ -135,13 +136,14 @@ class SFTDataset:
         fingerprint: str,
         counts: tuple[int, int, int, int],
         packs: list[list[int]] | None = None,
+        template: dict[str, Any] | None = None,
     ):
         self.ids = np.concatenate([e.ids for e in examples])
         self.starts = np.cumsum([0, *(len(e.ids) for e in examples)])
         spans = [e.spans if e.spans is not None else [[min(e.prompt_len, len(e.ids)), len(e.ids)]] for e in examples]
         self.spans = np.concatenate([np.asarray(s, np.int32).reshape(-1, 2) for s in spans])
         self.span_starts = np.cumsum([0, *map(len, spans)])
-        self.order, self.packs = order, packs
+        self.order, self.packs, self.template = order, packs, template
         arrays = [self.ids, self.starts, self.spans, self.span_starts, order]
         if packs is not None:
             arrays += [np.array([place for pack in packs for place in pack]), np.array([len(pack) for pack in packs])]
@@ -246,19 +248,22 @@ def build(
 ) -> SFTDataset:
     """Tokenises the parts of one side, applies their weights and, in training, packs."""
     examples: list[Example] = []
+    templates: list[Template] = []  # of each example
     orders: list[np.ndarray] = []
     outcomes: Counter[str] = Counter()
     encoder, rules = Encoder(tokenizer), args.rules
     for part in parts:
         first = len(examples)
 
-        def work(chunk: list[Dialog], part: Part = part) -> list[tuple[Example | None, str]]:
-            return [outcome(encode_dialog(d, part.template_of(d.kind), encoder, rules)) for d in chunk]
+        def work(chunk: list[Dialog], part: Part = part) -> list[tuple[Example | None, str, Template]]:
+            worded = [(d, part.template_of(d.kind)) for d in chunk]
+            return [(*outcome(encode_dialog(d, template, encoder, rules)), template) for d, template in worded]
 
         chunks = [part.records[i : i + CHUNK] for i in range(0, len(part.records), CHUNK)]
         for done in ordered_map(work, chunks, args.num_workers):
-            examples += [example for example, _ in done if example is not None]
-            outcomes.update(what for _, what in done)
+            examples += [example for example, _, _ in done if example is not None]
+            templates += [template for example, _, template in done if example is not None]
+            outcomes.update(what for _, what, _ in done)
             update(len(done))
         orders.append(first + weighted(len(examples) - first, part.weight, part.key))
     read = sum(len(p.records) for p in parts)
@@ -269,9 +274,10 @@ def build(
         raise ValueError(f"--data_config {args.data_config}: no {kind} example left ({reason}): give more or longer")
     packs = None
     if args.packing == "best_fit" and kind == "training":
-        packs = best_fit([len(examples[i].ids) for i in order], args.max_seq_len)
+        packs = packs_of([len(examples[i].ids) for i in order], args.max_seq_len)
     counts = (read, outcomes["cut"], outcomes["long"], outcomes["unlabelled"])
-    return SFTDataset(examples, order, tokenizer.fingerprint, counts, packs)
+    template = carried.most_used(templates[i] for i in order)
+    return SFTDataset(examples, order, tokenizer.fingerprint, counts, packs, template)
 
 
 def outcome(encoded: Encoded | None) -> tuple[Example | None, str]:

@@ -262,7 +262,8 @@ def open_template(
     return ChatTemplate(beside(path) or "", tokenizer, name, date)
 
 
-def question_ids(tokenizer: Tokenizer, text: str, template: str | None = None, date: str = "") -> list[int]:
+def question_ids(tokenizer: Tokenizer, text: str, template: Template | str | None = None, date: str = "") -> list[int]:
     """What an answer to one question is generated from: the question in a template, Alpaca's where none is named."""
-    worded = open_template(template, tokenizer, "alpaca", date=date)
+    named = template is None or isinstance(template, str)
+    worded = open_template(template, tokenizer, "alpaca", date=date) if named else template
     return encode_prompt([Message("user", text)], worded, Encoder(tokenizer))

@@ -58,12 +58,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
         return _sdpa(q, k, v, mask)
     if packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
-    return _one_by_one(q, k, v, packed.bounds)
+    return _one_by_one(q, k, v, packed)
 
 
-@torch.compiler.disable  # the bounds differ in every batch: compiled, each would be a new graph
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-    lengths = [b - a for a, b in zip(bounds, bounds[1:])]
+@torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, half a second for every --help
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+    """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
+    lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]
     parts = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
     return torch.cat([_sdpa(*part, None) for part in parts], dim=1)
 

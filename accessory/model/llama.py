@@ -4,7 +4,8 @@ parallel throughout.
     tokens -> tok_embeddings -> [ x + wo(attend(wq wk wv norm(x))) -> x + w2(silu(w1) * w3)(norm(x)) ] * n_layers -> norm -> output
 
 Column-parallel wq wk wv w1 w3 output, row-parallel wo w2, vocab-parallel embedding: two all-reduces a layer forward, two
-backward. Built on the meta device, filled by `from_pretrained` or `init_weights`. With labels, the loss is computed inside
+backward; with `sequence_parallel` a reduce-scatter and an all-gather in the place of each, and between them, around the norms,
+x (B, T, D) is x (N/mp, D): this rank's share of the N = B T tokens. Built on the meta device, filled by `from_pretrained` or `init_weights`. With labels, the loss is computed inside
 `forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Qwen2 has biases on wq wk wv (`qkv_bias`), Qwen3 an RMSNorm
 over each head of q and k before the rotary embedding (`qk_norm`). Proof: tests/unit/test_llama.py, tests/dist/test_parity.py,
 tests/dist/test_families.py.
@@ -24,12 +25,15 @@ from accessory.model import rope
 from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.model.attention import Segments, attend, segments
 from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
+from accessory.model.recompute import Remade
 from accessory.parallel import groups
 from accessory.parallel.layers import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
     copy_to_mp,
     gather_from_mp,
+    gather_rows,
+    gather_tokens,
     vocab_range,
 )
 from accessory.parallel.loss import linear_cross_entropy
@@ -56,6 +60,12 @@ def shard_dim(name: str) -> int | None:
     if parts[-2] in ("lora_a", "lora_b"):  # A is cut with the inputs, B with the outputs
         return dim if (parts[-2] == "lora_b") == (dim == 0) else None
     return dim if parts[-1] == "weight" or dim == 0 else None
+
+
+def replicated(name: str) -> bool:
+    """Whether every mp rank holds all of this parameter. Under sequence parallel the gradient of each such one is an addend:
+    a norm or a row layer's bias sees this rank's tokens only, and lora_a, lora_b, q_norm, k_norm are addends anyway."""
+    return shard_dim(name) is None
 
 
 class Cache(Protocol):
@@ -93,9 +103,17 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(args.head_size, args.norm_eps) if args.qk_norm else None
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, layer: int
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        packed: Segments | None,
+        cache: Cache | None,
+        layer: int,
+        divided: bool,
     ) -> Tensor:
-        x = copy_to_mp(x)  # once for the three
+        """x: all tokens, already through `copy_to_mp` or `gather_tokens`, once for the three. -> (B, T, D), or with `divided`
+        (N/mp, D)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
         if self.q_norm is not None:  # one weight for all heads: this rank's gradient is that of its own heads
             q, k = self.q_norm(q), self.k_norm(k)
@@ -103,7 +121,8 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)
-        return self.wo(attend(q, k, v, packed, mask).flatten(2))  # (B, T, D)
+        y = attend(q, k, v, packed, mask).flatten(2)
+        return self.wo.divided(y) if divided else self.wo(y)
 
 
 class FeedForward(nn.Module):
@@ -115,17 +134,29 @@ class FeedForward(nn.Module):
         self.w2 = RowLinear(args.ffn_dim, args.dim, bias=args.mlp_bias)
         self.w3 = ColumnLinear(args.dim, args.ffn_dim, bias=args.mlp_bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = copy_to_mp(x)
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))  # (B, T, F/mp) inside
+    def forward(self, x: Tensor, divided: bool, remade: Remade | None) -> Tensor:
+        """As Attention's. `remade`: what is between the products is made again in backward."""
+        gate, up = self.w1(x), self.w3(x)  # (B, T, F/mp)
+        act = F.silu(gate)
+        if remade is not None:
+            a, b = gate.detach(), up.detach()
+            remade.note(act, lambda: F.silu(a))  # before the product that wants it
+        y = act * up
+        if remade is not None:
+            remade.note(y, lambda: F.silu(a) * b)
+        return self.w2.divided(y) if divided else self.w2(y)
 
 
 class Block(nn.Module):
-    """One layer. `checkpointing`: keep only its input and recompute in backward; names do not change with it."""
+    """One layer. `checkpointing`, what is kept for backward; names do not change with it:
+
+    none        all that autograd wants; under sequence parallel the columns' input as this rank's share, gathered again
+    selective   the products' results and attention's: norms and silu are taken again, nothing dear, no sum over mp
+    full        x only"""
 
     def __init__(self, index: int, args: ModelArgs):
         super().__init__()
-        self.index, self.checkpointing = index, False
+        self.index, self.checkpointing = index, "none"
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
@@ -136,13 +167,39 @@ class Block(nn.Module):
     ) -> Tensor:
         if cache is not None:  # never compiled: the cache would make one more graph of every layer
             return Block.compute(self, x, cos, sin, packed, cache)
-        if self.checkpointing and torch.is_grad_enabled():
+        if self.checkpointing == "full" and torch.is_grad_enabled():
             return checkpoint(self.compute, x, cos, sin, packed, None, use_reentrant=False)
         return self.compute(x, cos, sin, packed, None)
 
     def compute(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), cos, sin, packed, cache, self.index)
-        return x + self.feed_forward(self.ffn_norm(x))  # (B, T, D)
+        """x (B, T, D), or under sequence parallel (N/mp, D); the result alike."""
+        keeps_less = self.checkpointing == "selective" or (self.checkpointing == "none" and x.dim() == 2)
+        # compiled, the partitioner does it: it keeps products and makes what is pointwise again
+        if not keeps_less or torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return self._compute(x, cos, sin, packed, cache, None)
+        with Remade() as remade:
+            return self._compute(x, cos, sin, packed, cache, remade)
+
+    def _compute(
+        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, remade: Remade | None
+    ) -> Tensor:
+        divided = x.dim() == 2
+        h = self._entering(self.attention_norm, x, cos, remade)
+        x = x + self.attention(h, cos, sin, packed, cache, self.index, divided)
+        h = self._entering(self.ffn_norm, x, cos, remade)
+        return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
+
+    def _entering(self, norm: RMSNorm, x: Tensor, cos: Tensor, remade: Remade | None) -> Tensor:
+        """norm(x) of all tokens on every rank, the column layers' input: (B, T, D)."""
+        selective = remade is not None and self.checkpointing == "selective"
+        # the checkpoint is for what the norm itself would keep, on CPU its result once more
+        h = checkpoint(norm, x, use_reentrant=False, preserve_rng_state=False) if selective else norm(x)
+        share = copy_to_mp if x.dim() == 3 else partial(gather_tokens, shape=cos.shape[:2])
+        whole = share(h)
+        if remade is not None:
+            x, mine = x.detach(), None if selective else h.detach()
+            remade.note(whole, lambda: share(norm(x) if mine is None else mine))
+        return whole
 
 
 class Transformer(nn.Module):
@@ -156,7 +213,7 @@ class Transformer(nn.Module):
         if args.vocab_size < 1:
             raise ValueError("params: vocab_size is not known; set it, or load a checkpoint or a tokenizer that tells")
         check_model_parallel(args, groups.mp_size())
-        self.args = args
+        self.args, self.sequence_parallel = args, False
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
         self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
@@ -190,12 +247,14 @@ class Transformer(nn.Module):
             )
         self.freqs = self.freqs.to(tokens.device)  # once: a copy from the host would wait for the GPU in every step
         cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
-        x = self.tok_embeddings(tokens)  # (B, T, D)
+        divided = self.sequence_parallel and groups.mp_size() > 1 and cache is None
+        x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)  # (N/mp, D) or (B, T, D)
         for layer in self.layers:
             x = layer(x, cos, sin, packed, cache)
         x = self.norm(x)
         if labels is None:
-            return gather_from_mp(F.linear(copy_to_mp(x), self.head))[..., : self.args.vocab_size]  # (B, T, V)
+            x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)
+            return gather_from_mp(F.linear(x, self.head))[..., : self.args.vocab_size]  # (B, T, V)
         return self._loss(x, labels, packed)
 
     @property
@@ -208,7 +267,12 @@ class Transformer(nn.Module):
         if packed:  # a sequence's first token is nobody's target
             targets = targets.index_fill(0, packed.starts[1:] - 1, -100)
         rows = (targets != -100).nonzero().squeeze(1)
-        x = copy_to_mp(x[:, :-1].flatten(0, 1)[rows])  # (N, D): only rows with a label go through the head
+        # (N, D): only rows with a label go through the head
+        if x.dim() == 2:
+            most = max(1, labels.shape[1] - 1)
+            x = gather_rows(x, rows + rows // most)  # among all tokens, each sequence's last one too
+        else:
+            x = copy_to_mp(x[:, :-1].flatten(0, 1)[rows])
         loss, correct = linear_cross_entropy(x, self.head, targets[rows], self.args.vocab_size)
         return loss, torch.full((), len(rows), device=loss.device), {"correct": correct}
 

@@ -6,7 +6,7 @@
 s = alpha / rank (Hu et al. 2021), or alpha / sqrt(rank) (rank-stabilised: Kalajdzievski 2023). Rank and alpha may differ from
 one linear to the next: `TuningArgs.rank_of` and `scale_of` are the one place that knows. The row layer's low-rank addend joins
 the one all-reduce it makes anyway. Addends are summed over mp once a step: `partial_grad` names them, parallel/grads.py sums.
-W may be held in NF4 (quant.py, QLoRA): `packed`. Proof: tests/dist/test_parity.py, tests/dist/test_quant.py.
+W may be held in NF4 (quant.py, QLoRA): `packed`. A linear and its adapter are one autograd function (lora_function.py). Proof: tests/dist/test_parity.py, tests/dist/test_quant.py.
 """
 
 import difflib
@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from accessory.config import flag
 from accessory.model import quant
 from accessory.model.args import TUNING_KEYS
+from accessory.model.lora_function import lora_linear
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
 
 COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
@@ -126,21 +127,30 @@ class LoRA:
         x = F.dropout(x, self.lora_dropout, self.training)
         return self.lora_b(self.lora_a(x)) * self.lora_scale
 
+    def adapted(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x W^T + b + s B A x, whether or not there is an adapter: (.., in) -> (.., out) of this rank's slices."""
+        if self.lora_a is None:
+            return self.product(x, bias)
+        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+            return self.product(x, bias) + self.low_rank(x)  # compiled, the passes become one by themselves
+        a, b = self.lora_a.weight, self.lora_b.weight
+        dropout = self.lora_dropout if self.training else 0.0
+        packed = None if self.packed is None else (self.packed, self.table)
+        return lora_linear(x, self.weight, bias, a, b, self.lora_scale, dropout, packed)
+
 
 class ColumnLinear(LoRA, ColumnParallelLinear):
     """Column-parallel linear with room for an adapter. x: replicated, already through `copy_to_mp`."""
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
-        y = self.product(x, self.bias)
-        return y if self.lora_a is None else y + self.low_rank(x)
+        return self.adapted(x, self.bias)
 
 
 class RowLinear(LoRA, RowParallelLinear):
     """Row-parallel linear with room for an adapter. x: this rank's slice of the features; y: replicated."""
 
     def partial(self, x: Tensor) -> Tensor:  # (.., in/mp) -> (.., out), an addend
-        y = self.product(x)
-        return y if self.lora_a is None else y + self.low_rank(x)
+        return self.adapted(x)
 
 
 def partial_grad(name: str) -> bool:

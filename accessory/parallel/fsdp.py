@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from accessory.config import flag
+from accessory.config import FALSE, TRUE, flag
 from accessory.parallel import groups
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
+CHECKPOINTING = ("none", "selective", "full", "auto")
 
 
 @dataclass
@@ -36,29 +36,48 @@ class ParallelArgs:
     precision: str = flag(
         "bf16", "of the arithmetic; trained weights and gradients are fp32 always", choices=tuple(DTYPES)
     )
-    checkpointing: bool = flag(False, "recompute activations in backward: less memory, about a third more time")
+    sequence_parallel: bool = flag(
+        False, "the ranks of a replica share the tokens too, wherever they share no weight: 1/mp of the activations"
+    )
+    checkpointing: str | bool = flag(
+        "none",
+        "recompute in backward: none; selective, only what is cheap; full, whole layers (least memory, about a third more "
+        "time); auto, the first of these that fits into memory; true is full, false is none",
+    )
     compile: bool = flag(False, "compile each layer with torch.compile: faster after a minute of warming up")
     quant: str | None = flag(
         None, "hold the layers' frozen linears in 4 bits (QLoRA): a quarter of their memory", choices=("nf4",)
     )
 
+    def __post_init__(self) -> None:
+        given = str(self.checkpointing).lower()  # "none" arrives as None
+        self.checkpointing = "none" if given in FALSE else "full" if given in TRUE else given
+        if self.checkpointing not in CHECKPOINTING:
+            raise ValueError(
+                f"--checkpointing {given}: choose one of {', '.join(CHECKPOINTING)}, true (full), false (none)"
+            )
+
 
 def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
     """A function that shards one module over dp: each layer first, the whole model last. Every rank calls it alike."""
+    # here, not above: half a second that --help need not wait
+    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
     # cast_forward_inputs=False: its default would cast the fp32 rotary tables, and positions with them, to bf16
     policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and groups.device().type == "cuda" else OffloadPolicy()
     mesh = groups.dp_mesh(data_parallel)
 
+    # None: layers are freed after their forward; the root is not, backward begins with it
+    again = None if data_parallel == "fsdp" else False
+
     def shard(module: nn.Module) -> None:
-        fully_shard(
-            module, mesh=mesh, reshard_after_forward=data_parallel == "fsdp", mp_policy=policy, offload_policy=offload
-        )
+        fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
 
     return shard
 
 
-def gradients_travel(model: FSDPModule, data_parallel: str, last: bool) -> None:
+def gradients_travel(model: nn.Module, data_parallel: str, last: bool) -> None:
     """Call before each micro batch: sdp and ddp add gradients up where they are and reduce once, with the last micro batch.
 
     fsdp reduces every time, or each rank would hold the unsharded gradients of the whole model."""
@@ -67,8 +86,10 @@ def gradients_travel(model: FSDPModule, data_parallel: str, last: bool) -> None:
 
 
 def reshard(model: nn.Module) -> None:
-    """Back to this rank's parts after a forward without a backward, which sdp and ddp would leave gathered: parameters
-    are then not those that the optimizer and a checkpoint know."""
+    """Back to this rank's parts after a forward without a backward, which leaves the embedding and the head gathered, under sdp
+    and ddp every layer too: parameters are then not those that the optimizer and a checkpoint know."""
+    from torch.distributed.fsdp import FSDPModule
+
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

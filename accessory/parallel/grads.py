@@ -1,4 +1,4 @@
-"""Between backward and the optimizer: sums that mp still owes, the norm over both cuts, clipping.
+"""Between backward and the optimizer: sums that mp still owes, and the norm over both cuts, for clipping.
 
 A gradient here is a piece of a piece: fairscale cut the weight over mp, FSDP cut that over dp.
     sum_partial  ->  gradient of every parameter complete        (replicated LoRA matrices and q, k norms, copies of kv heads)
@@ -54,12 +54,6 @@ class GradientRules:
         for p, w in self.cut:
             weights.setdefault(w, []).append(p)
         return weights
-
-    def scale(self, factor: Tensor) -> None:
-        """Multiplies every gradient by a scalar tensor, in place."""
-        gradients = [local(p.grad) for p in self.parameters if p.grad is not None]
-        if gradients:
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
 
 def _squares(parameters: list) -> Tensor:

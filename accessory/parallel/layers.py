@@ -3,13 +3,21 @@
     column: W [out/mp, in]   x replicated  -> y [.., out/mp]      the caller copies x once per input (`copy_to_mp`), so that
     row:    W [out, in/mp]   x [.., in/mp] -> y replicated        q, k, v together cost one all-reduce in backward, not three
 
-Shapes: B batch, T tokens, V vocab, /mp = this rank's slice.
+Sequence parallel (Korthikanti et al. 2022): between a row layer and the next column layer each rank has 1/mp of the tokens
+
+    all-reduce            = reduce-scatter, then all-gather       scatter_tokens after a row layer, gather_tokens before a
+    x replicated (B, T, D)  x (N/mp, D) between the two           column layer: the bytes sent are the same
+
+N = B T, rounded up to a multiple of mp; the rows added are zeros, and nothing is ever read from them.
+
+Shapes: B batch, T tokens, V vocab, D features, /mp = this rank's slice. Test: tests/dist/test_layers.py, test_sequence_parallel.py
 """
 
 import contextlib
-from typing import Iterator
+from typing import Any, Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 from fairscale.nn.model_parallel import layers as fairscale_layers
 from fairscale.nn.model_parallel.mappings import (
     copy_to_model_parallel_region,
@@ -26,6 +34,68 @@ reduce_from_mp = reduce_from_model_parallel_region  # forward: sum over mp; back
 gather_from_mp = (
     gather_from_model_parallel_region  # forward: concatenate the last dim over mp; backward: this rank's part
 )
+
+# torch 2.13 renamed them; the old names warn there
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def _gathered(part: Tensor) -> Tensor:  # (n, D) -> (mp n, D)
+    whole = part.new_empty(part.shape[0] * groups.mp_size(), *part.shape[1:])
+    _all_gather(whole, part.contiguous(), group=groups.mp_group())
+    return whole
+
+
+def _scattered(addend: Tensor) -> Tensor:  # (mp n, D) -> (n, D) of the sum over mp
+    part = addend.new_empty(addend.shape[0] // groups.mp_size(), *addend.shape[1:])
+    _reduce_scatter(part, addend.contiguous(), group=groups.mp_group())
+    return part
+
+
+class _GatherTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: Tensor) -> Tensor:
+        return _gathered(part)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _scattered(gradient)
+
+
+class _ScatterTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, addend: Tensor) -> Tensor:
+        return _scattered(addend)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _gathered(gradient)
+
+
+def gather_tokens(part: Tensor, shape: Sequence[int]) -> Tensor:
+    """(N/mp, D) of every rank -> (B, T, D), the same on all. Backward: this rank's tokens of the sum over mp. Collective."""
+    batch, length = shape
+    return _GatherTokens.apply(part)[: batch * length].view(batch, length, -1)
+
+
+def scatter_tokens(addend: Tensor) -> Tensor:
+    """(B, T, D), an addend -> (N/mp, D): this rank's tokens of the sum over mp. Backward: all tokens. Collective."""
+    rows = addend.flatten(0, 1)
+    return _ScatterTokens.apply(F.pad(rows, (0, 0, 0, -rows.shape[0] % groups.mp_size())))
+
+
+def gather_rows(part: Tensor, rows: Tensor) -> Tensor:
+    """The tokens of these numbers (M,), rising, of (N/mp, D) of every rank: (M, D), the same on all. Only they are sent, as
+    many from each rank as from the one that has most. Backward: as of `gather_tokens`. Collective."""
+    mine = part.shape[0]
+    owner = rows // mine
+    counts = torch.bincount(owner, minlength=groups.mp_size())
+    starts = counts.cumsum(0) - counts
+    first, count, most = torch.stack((starts[groups.mp_rank()], counts[groups.mp_rank()], counts.max())).tolist()
+    own, most = rows[first : first + count] - groups.mp_rank() * mine, max(1, most)
+    own = F.pad(own, (0, most - count))  # fills up with row 0, which nobody takes
+    place = owner * most + torch.arange(len(rows), device=rows.device) - starts[owner]
+    return _GatherTokens.apply(part[own])[place]
 
 
 @contextlib.contextmanager
@@ -68,6 +138,11 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         y = reduce_from_mp(self.partial(x))
         return y if self.bias is None else y + self.bias
 
+    def divided(self, x: Tensor) -> Tensor:  # (B, T, in/mp) -> (N/mp, out)
+        """y of this rank's share of the tokens, for sequence parallel. The bias's gradient is then an addend."""
+        y = scatter_tokens(self.partial(x))
+        return y if self.bias is None else y + self.bias
+
     def partial(self, x: Tensor) -> Tensor:
         """This rank's addend of the product, before the sum over mp."""
         return F.linear(x, self.weight)
@@ -84,9 +159,17 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         _to_meta(self)
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, D), replicated
+        return reduce_from_mp(self.partial(tokens))
+
+    def divided(self, tokens: Tensor) -> Tensor:  # (B, T) -> (N/mp, D)
+        """This rank's share of the tokens, for sequence parallel."""
+        return scatter_tokens(self.partial(tokens))
+
+    def partial(self, tokens: Tensor) -> Tensor:
+        """The rows that this rank holds, zeros for the others: an addend."""
         outside = (tokens < self.vocab_start_index) | (tokens >= self.vocab_end_index)
         rows = F.embedding((tokens - self.vocab_start_index).masked_fill(outside, 0), self.weight)
-        return reduce_from_mp(rows.masked_fill(outside.unsqueeze(-1), 0.0))
+        return rows.masked_fill(outside.unsqueeze(-1), 0.0)
 
 
 def padded_vocab(vocab_size: int) -> int:

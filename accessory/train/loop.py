@@ -11,10 +11,10 @@ the first backward: how a window is cut into ranks and micro batches does not ch
 import itertools
 import math
 from dataclasses import dataclass
-from typing import Any, Callable, Sequence
+from typing import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from accessory import log
 from accessory.config import flag
@@ -24,9 +24,9 @@ from accessory.parallel import groups
 from accessory.parallel.fsdp import gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
 from accessory.train import optim
-from accessory.train.state import Late, StopSignal, Stopwatch, TrainState, reseed
+from accessory.train.profile import Phases, Profile, parse_steps
+from accessory.train.state import Late, StepLines, StopSignal, TrainState, reseed
 
-MAX_SKIPPED_IN_A_ROW = 20
 TEST_MICRO_BATCHES, TEST_EVAL_BATCHES = 2, 4  # of --as_test, on each rank: two, so that gradients add up once
 
 
@@ -68,6 +68,10 @@ class LoopArgs:
         "try everything once, in output_dir/as_test: one step, validation on a few batches, a sample, a checkpoint",
     )
     seed: int = flag(0, "of the data's order, dropout and new weights")
+    profile_steps: str | None = flag(
+        None,
+        "first:last, steps from 1: what every kernel of them took, as a trace in output_dir/profile; none: no trace",
+    )
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "accum_iter", "epochs", "logging_steps"):
@@ -80,6 +84,8 @@ class LoopArgs:
             raise ValueError("--eval_steps, --save_steps and --sample_steps cannot be negative")
         if self.stop_perplexity is not None and self.stop_perplexity < 1:
             raise ValueError(f"--stop_perplexity {self.stop_perplexity}: a perplexity is never below 1, or none")
+        if self.profile_steps is not None:
+            parse_steps(self.profile_steps)
 
     def sequences_per_step(self, dp_size: int) -> int:
         whole = self.global_batch_size or self.batch_size * self.accum_iter * dp_size
@@ -140,13 +146,16 @@ def fit(
     save: Callable[[TrainState], None],
     save_failed: Callable[[], bool] = lambda: False,
     finish_save: Callable[[], None] = lambda: None,
+    phases: Phases | None = None,
+    profile: Profile | None = None,
 ) -> TrainState:
     """Trains from `state` to the last step. Every rank calls it with its own dp view of the same data.
 
-    `save_best`: how many checkpoints that are best by --metric are saved, beside the others. `save` may go on after it returns: `save_failed` is asked every step, and where it is true on some rank `finish_save`,
-    which waits for it, is to raise on all. Raises ValueError when MAX_SKIPPED_IN_A_ROW steps in a row had no finite
-    gradient. Returns the state reached, saved; it is short of the last step only after SIGTERM or SIGINT, or where
-    args.ends_early(state)."""
+    `save_best`: how many checkpoints that are best by --metric are saved, beside the others. `save` may go on after it
+    returns: `save_failed` is asked every step, and where it is true on some rank `finish_save`, which waits for it, is to
+    raise on all. `phases` is told what each part of the time was for; `profile` is asked after every step. Raises ValueError
+    when MAX_SKIPPED_IN_A_ROW steps in a row had no finite gradient. Returns the state reached, saved; it is short of the
+    last step only after SIGTERM or SIGINT, or where args.ends_early(state)."""
     device, dp_size = groups.device(), groups.dp_size()
     per_step = args.sequences_per_step(dp_size)
     windows = windows_per_epoch(len(train_set), per_step)
@@ -156,8 +165,8 @@ def fit(
     scale, in_a_row = optim.LossScale(precision, device), torch.zeros((), device=device)
     if state.loss_scale:
         scale.load_state_dict(state.loss_scale)
-    signals, clock, late = StopSignal(), Stopwatch(), None
-    logged_tokens, logged_seconds = 0, 0.0
+    signals, lines, late = StopSignal(), StepLines(run_log, state, args.logging_steps, max_steps), None
+    phases = Phases(device) if phases is None else phases
     saved_at = state.step if state.step else None
     state.judge_by(args.metric)
 
@@ -172,6 +181,7 @@ def fit(
             sample(state.step)
         reshard(model)
         model.train()
+        phases.mark("evaluation")
         return ends
 
     def keep() -> None:
@@ -179,39 +189,7 @@ def fit(
         state.loss_scale = scale.state_dict() if scale.active else {}
         save(state)
         saved_at = state.step
-
-    def report(late: Late, record: dict[str, Any]) -> None:
-        """Writes a finished step's line and stops a run that no longer learns. `late` was read from the device meanwhile."""
-        nonlocal logged_tokens, logged_seconds
-        loss, norm, skipped, row = late.read()
-        state.skipped_steps = int(skipped)
-        if row >= MAX_SKIPPED_IN_A_ROW:
-            raise ValueError(
-                f"step {record['step']}: the gradient was not finite for {int(row)} steps in a row; lower --lr, or train in bf16 or fp32 (--precision)"
-            )
-        logged_tokens += record.pop("window_tokens")
-        logged_seconds += record.pop("seconds")
-        if record["step"] % args.logging_steps and record["step"] != max_steps:
-            return
-        speed = logged_tokens / max(logged_seconds, 1e-9)
-        logged_tokens, logged_seconds = 0, 0.0
-        record |= {
-            "loss": loss,
-            "grad_norm": norm,
-            "tokens_per_second": round(speed, 2),
-            "memory_gb": round(log.peak_memory_gb(), 3),
-            "skipped_steps": int(skipped),
-        }
-        run_log.write(record)
-        run_log.step(
-            record["step"],
-            {
-                "loss": f"{loss:.4f}",
-                "lr": f"{record['lr']:.2e}",
-                "tokens/s": f"{speed:.0f}",
-                "GB": f"{record['memory_gb']:.1f}",
-            },
-        )
+        phases.mark("saving")
 
     done = state.step >= max_steps or args.ends_early(state) is not None
     # a signal ended the run before this step's validation
@@ -222,75 +200,79 @@ def fit(
     model.train()
     run_log.start_bar(state.step)
     skipped_total = torch.tensor(float(state.skipped_steps), device=device)
-    clock.lap()
+    phases.mark("other")
+    if profile is not None:
+        profile.after(state.step)
+        phases.mark("profile")
+    lines.lap()
     while not done:
         stream = train_windows(
             train_set, batch_size=args.batch_size, sequences_per_step=per_step, dp_rank=groups.dp_rank(), dp_size=dp_size,
             seed=args.seed, epoch=state.epoch, start_window=state.window, num_workers=num_workers,
         )  # fmt: skip
         for window in stream:
+            phases.mark("data")
             reseed(args.seed, state.step, groups.dp_rank())
             lr = optim.lr_at(state.step, max_steps, optim_args)
             loss_sum = torch.zeros((), device=device)
             for index, batch in enumerate(window.micro_batches):
                 gradients_travel(model, data_parallel, last=index + 1 == len(window.micro_batches))
                 loss, _, _ = objective(model, to_device(batch, device))
+                phases.mark("forward")
                 # FSDP averages over dp; dividing before backward keeps fp16 sums from overflowing
                 (loss * (scale.value * (dp_size / max(1, window.num_tokens)))).backward()
                 loss_sum += loss.detach()
+                phases.mark("backward")
             rules.sum_partial()
+            loss_mean = groups.all_reduce(loss_sum, groups.dp_group()) / max(1, window.num_tokens)
+            phases.mark("communication")
             norm = rules.global_norm() / scale.value
             found_inf = (~norm.isfinite()).float()
-            rules.scale(_factor(norm, optim_args.clip_grad, scale.value))
-            optim.step(optimizer, lr, found_inf)
+            optim.step(optimizer, lr, found_inf, optim.divisor(norm, optim_args.clip_grad, scale.value))
             scale.update(found_inf)
             skipped_total = skipped_total + found_inf
             in_a_row = (in_a_row + 1) * found_inf
-            loss_mean = groups.all_reduce(loss_sum, groups.dp_group()) / max(1, window.num_tokens)
+            phases.mark("optimizer")
 
-            state.step += 1
-            state.window += 1
-            state.tokens += window.num_all_tokens
-            state.supervised_tokens += window.num_tokens
-            if state.window == windows:
-                state.epoch, state.window = state.epoch + 1, 0
+            state.advance(window.num_all_tokens, window.num_tokens, windows)
             if late is not None:
-                report(*late)
+                lines.write(*late)
             record = {
                 "step": state.step,
                 "epoch": round(state.epoch + state.window / windows, 6),
                 "lr": lr,
                 "tokens": state.tokens,
                 "window_tokens": window.num_all_tokens,
-                "seconds": clock.lap(),
+                "seconds": lines.lap(),
             }
             late = (Late(torch.stack((loss_mean, norm, skipped_total, in_a_row))), record)
+            phases.mark("other")
 
             stop, failed = groups.any_rank(signals.received is not None, save_failed())
+            phases.mark("communication")
+            phases.step()
+            if profile is not None:
+                profile.after(state.step)
+                phases.mark("profile")
             if failed:
                 finish_save()
             done = stop or state.step >= max_steps
             evaluates, samples, saves = (done or state.step % n == 0 for n in (eval_every, sample_every, save_every))
             if evaluates or samples or saves:
-                report(*late)
+                lines.write(*late)
                 late = None
                 if (evaluates or samples) and not stop:
                     done = look(evaluates, samples) or done
                     saves = saves or done or state.step in state.best_steps
                 if saves and saved_at != state.step:
                     keep()
-                clock.lap()
+                lines.lap()
             if done:
                 break
     finish_save()
+    phases.mark("saving")
     signals.restore()
     return state
-
-
-def _factor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:
-    """What gradients are multiplied by: the clipping of their norm, and fp16's loss scale taken out."""
-    clip = (clip_grad / (norm + 1e-6)).clamp(max=1.0) if clip_grad > 0 else torch.ones_like(norm)
-    return clip / loss_scale
 
 
 @torch.no_grad()

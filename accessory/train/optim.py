@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.config import flag
+from accessory.train import lowbit
 
 SCHEDULES = ("cosine", "linear", "constant", "polynomial", "cosine_with_restarts", "wsd")
 WSD_DECAY_SHARE = 0.1
@@ -34,6 +35,9 @@ class OptimArgs:
     adam_betas: list[float] = flag([0.9, 0.95], "AdamW's two betas")
     adam_eps: float = flag(1e-8, "AdamW's epsilon")
     clip_grad: float = flag(1.0, "largest norm of the whole gradient; 0: no clipping")
+    optim_states: str = flag(
+        "fp32", "AdamW's moments: bf16 halves their memory, int8 quarters it", choices=tuple(lowbit.BYTES)
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.min_lr <= self.lr:
@@ -75,27 +79,36 @@ def _shape(name: str, progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def adamw(model: nn.Module, args: OptimArgs) -> torch.optim.AdamW:
+def adamw(model: nn.Module, args: OptimArgs) -> torch.optim.Optimizer:
     """Fused AdamW over what requires a gradient; matrices decay, norms and biases do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1]
     plain = [p for p in trained if p.ndim <= 1]
     param_groups = [{"params": ps, "weight_decay": wd} for ps, wd in ((decayed, args.weight_decay), (plain, 0.0)) if ps]
-    return torch.optim.AdamW(param_groups, lr=args.lr, betas=tuple(args.adam_betas), eps=args.adam_eps, fused=True)
+    betas = (args.adam_betas[0], args.adam_betas[1])
+    if args.optim_states != "fp32":
+        return lowbit.LowBitAdamW(param_groups, args.optim_states, args.lr, betas, args.adam_eps)
+    return torch.optim.AdamW(param_groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=True)
 
 
-def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor) -> None:
-    """One update, or none where `found_inf` (a scalar on the device, equal on all ranks) is 1: decided without a sync."""
+def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor, divide_by: Tensor | None = None) -> None:
+    """One update, or none where `found_inf` (a scalar on the device, equal on all ranks) is 1: decided without a sync.
+
+    Gradients are divided by `divide_by` on the way, which saves the pass over them that scaling would be."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     where = optimizer.param_groups[0]["params"][0].device  # the CPU under --cpu_offload
-    optimizer.grad_scale, optimizer.found_inf = (
-        None,
-        found_inf.to(where),
-    )  # the fused kernel's own protocol, as GradScaler uses it
+    # the fused kernel's own protocol, as GradScaler uses it
+    optimizer.grad_scale = None if divide_by is None else divide_by.to(where)
+    optimizer.found_inf = found_inf.to(where)
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
     optimizer.zero_grad(set_to_none=True)
+
+
+def divisor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:
+    """What gradients are divided by: fp16's loss scale, and what clips their norm (without that scale) to clip_grad."""
+    return loss_scale * ((norm + 1e-6) / clip_grad).clamp(min=1.0) if clip_grad > 0 else loss_scale
 
 
 class LossScale:

@@ -3,12 +3,15 @@
     weights + gradients + moments   exact: counted from the model (NF4 as it is held), cut over mp and dp; once more, without gradients, for the copy
                                     that is written while training goes on (in host memory: not counted on a GPU)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype
-    activations                     4 D + (4 D + 4 F) / mp values a token and layer, autograd's saved tensors; checkpointing keeps D
+    activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
+                                    4 D + (4 D + 4 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
     the program itself              Python, torch, libraries: measured
 
 The largest micro batch counts: the `batch_size` longest examples. docs/parallelism.md has the estimate beside measured peaks.
 """
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +21,14 @@ from accessory.model.lora import packed_weights
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.loss import CHUNK_BYTES
+from accessory.train.lowbit import BYTES
 
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
 UNPACKING = 6  # bytes a weight while a linear held in NF4 is at work: looked up in fp32, then cast
-SAVED_PER_TOKEN = (4, 4, 4)  # what a layer keeps a token: D replicated (inputs, norms), D and F of this rank's slice
+# What a layer keeps a token: times D replicated over mp (inputs, norms), times D and times F of this rank's slice
+SAVED = {"none": (4, 4, 4), "selective": (2, 4, 2), "full": (1, 0, 0)}
+NORMED = 2  # times D more on CPU without checkpointing: torch's norms keep their result before the weight, if that is trained
+FILLED = 0.9  # of free memory: auto leaves the rest to what no plan knows
 
 
 def plan(
@@ -47,22 +54,32 @@ def plan(
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
+    kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel) for mode in SAVED}
     gigabytes = {
         "weights": (trained_count * 4 + frozen_bytes) / dp,
         "gradients": trained_count * 4 / dp,
-        "optimizer": trained_count * 8 / dp,
+        "optimizer": trained_count * BYTES[optim_args.optim_states] / dp,
         "gathered": gathered * compute,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
-        "activations": activations(model, tokens, compute, parallel.checkpointing),
+        "activations": 0.0,
         "loss": 3 * CHUNK_BYTES + (4 * model.head.numel() if model.head.requires_grad else 0),
-        "checkpoint": trained_count * 12 / dp if groups.device().type == "cpu" else 0,  # the copy that is being saved
+        "checkpoint": trained_count * (8 if optim_args.optim_states == "bf16" else 12) / dp
+        if groups.device().type == "cpu"
+        else 0,  # the copy that is being saved
         "program": PROGRAM_GB * 1e9 if groups.device().type == "cpu" else 0,
     }
+    free, mode = free_bytes(), parallel.checkpointing
+    if mode == "auto":
+        mode = fitting(
+            kept, FILLED * free - sum(v for k, v in gigabytes.items() if k != "program")
+        )  # which is there already
+    gigabytes["activations"] = kept[mode]
     totals = whole_counts(model, trained)
     report = train_set.report
     return {
         "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]),
         "mp": groups.mp_size(), "dp": groups.dp_size(), "data_parallel": parallel.data_parallel, "precision": parallel.precision,
+        "checkpointing": mode, "auto": parallel.checkpointing == "auto", "free": free / 1e9, "sequence_parallel": parallel.sequence_parallel,
         "gigabytes": {k: v / 1e9 for k, v in gigabytes.items()}, "steps": max_steps, "warmup": optim_args.warmup(max_steps),
         "sequences_per_step": loop_args.sequences_per_step(groups.dp_size()), "largest_micro_batch": tokens,
         "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens,
@@ -76,14 +93,45 @@ def longest(train_set: Any, count: int) -> list[int]:
     return sorted((len(train_set[i].ids) for i in range(len(train_set))), reverse=True)[:count]
 
 
-def activations(model: Transformer, tokens: int, compute: int, checkpointing: bool) -> float:
-    """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens."""
+def activations(model: Transformer, tokens: int, compute: int, checkpointing: str, divided: bool) -> float:
+    """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens. `divided`: sequence
+    parallel, which cuts over mp what would be replicated."""
     args, mp, layers = model.args, groups.mp_size(), len(model.layers)
-    whole, cut, ffn = SAVED_PER_TOKEN
-    per_layer = tokens * compute * (whole * args.dim + (cut * args.dim + ffn * args.ffn_dim) / mp)
-    if checkpointing:
-        return layers * tokens * compute * args.dim + per_layer
-    return layers * per_layer
+
+    def of_layer(mode: str) -> float:
+        whole, cut, ffn = SAVED[mode]
+        if mode == "none" and model.norm.weight.requires_grad and groups.device().type == "cpu":
+            whole += NORMED
+        return (
+            tokens * compute * (whole * args.dim / (mp if divided else 1) + (cut * args.dim + ffn * args.ffn_dim) / mp)
+        )
+
+    return layers * of_layer(checkpointing) + (of_layer("none") if checkpointing == "full" else 0)  # the one made again
+
+
+def fitting(kept: dict[str, float], room: float) -> str:
+    """--checkpointing auto: the first way whose activations have room, which is the fastest; full if none does. The same on
+    all ranks: the one with least room decides. Collective."""
+    modes = list(kept)
+    first = next((i for i, mode in enumerate(modes) if kept[mode] <= room), len(modes) - 1)
+    return modes[int(groups.all_reduce(torch.tensor(first), op="max"))]
+
+
+def free_bytes() -> float:
+    """Memory of this rank's device that nobody has taken. On CPU its share of what the machine, and a container, still has."""
+    device = groups.device()
+    if device.type == "cuda":
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + reserved
+    free, root = float("inf"), Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+        files = next(int(x.split()[1]) for x in (root / "memory.stat").open() if x.startswith("inactive_file"))
+        free = min(free, int((root / "memory.max").read_text()) - int((root / "memory.current").read_text()) + files)
+    except (OSError, ValueError, StopIteration):  # no Linux, or no limit ("max")
+        pass
+    return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 def whole_counts(model: Transformer, trained: list) -> tuple[int, int]:
@@ -121,7 +169,12 @@ def lines(figures: dict[str, Any]) -> list[str]:
     parts = ", ".join(f"{k} {v:.2f}" for k, v in gb.items() if v >= 0.005)
     return [
         f"model: {figures['parameters']:,} parameters; trained: {figures['trained']:,} ({share:.2%}): {', '.join(figures['trained_names'])}",
-        f"layout: model parallel {figures['mp']} x data parallel {figures['dp']} ({figures['data_parallel']}), {figures['precision']}",
+        f"layout: model parallel {figures['mp']}{' with sequence parallel' if figures['sequence_parallel'] else ''} x data parallel {figures['dp']} ({figures['data_parallel']}), {figures['precision']}",
         f"memory per rank: about {sum(gb.values()):.2f} GB at the peak ({parts}) with a micro batch of {figures['largest_micro_batch']} tokens",
+        *(
+            [f"checkpointing: {figures['checkpointing']}, chosen for {figures['free']:.2f} GB of free memory"]
+            if figures["auto"]
+            else []
+        ),
         f"steps: {figures['steps']} of {figures['sequences_per_step']} sequences (warm-up {figures['warmup']}); an epoch is {figures['tokens_per_epoch']:,} tokens, {figures['supervised_per_epoch']:,} with loss",
     ]

@@ -15,9 +15,10 @@ import torch
 from accessory import log
 from accessory.checkpoint import export, resume
 from accessory.checkpoint.save import Beside, Saver
+from accessory.data import carried
 from accessory.data.loader import windows_per_epoch
 from accessory.model import Transformer, shard_dim
-from accessory.model.llama import kv_copied
+from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
@@ -25,6 +26,7 @@ from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.tokenizer import Tokenizer
 from accessory.train import loop, objectives, optim, plan
+from accessory.train.profile import Phases, check_steps, profile_of, time_line
 from accessory.train.start import (
     RunArgs,
     continue_from,
@@ -37,8 +39,8 @@ from accessory.train.start import (
 from accessory.train.state import Stopwatch, TrainState
 
 SAMPLE_TOKENS = 64
-# answers to prompts: (model, tokenizer, prompts, most new tokens) -> texts; collective
-Answer = Callable[[Transformer, Tokenizer, list[str], int], list[str]]
+# answers to prompts: (training set, model, tokenizer, prompts, most new tokens) -> texts; collective
+Answer = Callable[[Any, Transformer, Tokenizer, list[str], int], list[str]]
 
 
 def train(
@@ -59,6 +61,7 @@ def train(
         run = dataclasses.replace(
             run, output_dir=str(Path(run.output_dir) / "as_test"), resume=None, overwrite_output_dir=True
         )
+        loop_args = dataclasses.replace(loop_args, profile_steps="1:1" if loop_args.profile_steps else None)
     directory, began = Path(run.output_dir), Stopwatch()
     resumed = find_start(run, directory) if not run.dry_run else None
     if resumed is not None:
@@ -77,7 +80,10 @@ def train(
         )
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
-    for line in plan.lines(plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)):
+    check_steps(loop_args.profile_steps, max_steps)
+    figures = plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)
+    parallel = dataclasses.replace(parallel, checkpointing=figures["checkpointing"])  # what auto has become
+    for line in plan.lines(figures):
         log.say(line, groups.rank())
     if run.dry_run:
         return
@@ -87,7 +93,7 @@ def train(
     log.say(f"weights {'loaded' if run.pretrained_path else 'drawn'} in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
-    position["quant"] = parallel.quant
+    position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
     state = continue_from(resumed, model, optimizer, position) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:
@@ -95,7 +101,8 @@ def train(
         return
 
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
-    saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected)
+    template = getattr(train_set, "template", None)
+    saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected, template)
     prompts = read_prompts(run.sample_prompts)[: 1 if loop_args.as_test else None]
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
@@ -111,13 +118,16 @@ def train(
         return loop.evaluate(model, objectives.next_token, val_set, eval_batch, groups.rank() == 0, most)
 
     def sample(step: int) -> None:
-        for prompt, text in zip(prompts, answer(model, tokenizer, prompts, SAMPLE_TOKENS)):
+        for prompt, text in zip(prompts, answer(train_set, model, tokenizer, prompts, SAMPLE_TOKENS)):
             log.say(f"step {step}: {prompt}\n    {text}", groups.rank())
             run_log.write({"step": step, "prompt": prompt, "answer": text}, file="samples.jsonl")
 
+    addends = replicated if parallel.sequence_parallel else partial_grad
     rules = GradientRules(
-        model, args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
+        model, args.kv_heads, shard_dim, addends, kv_copied, cut_over_dp=parallel.data_parallel != "ddp"
     )
+    phases = Phases(groups.device())
+    profile = profile_of(loop_args.profile_steps, directory, state.step, groups.rank())
     try:
         state = loop.fit(
             model, optimizer, rules, objectives.next_token, train_set, state, loop_args, optimizer_args,
@@ -125,7 +135,13 @@ def train(
             evaluate=evaluate if val_set else None, sample=sample if prompts else None,
             save_best=run.keep_best_n if run.keep_best and val_set is not None else 0, save_failed=saves.failed, finish_save=saves.finish,
             save=lambda state: saves.start(state.step, state.to_json(), state.best_steps if run.keep_best else ()),
+            phases=phases, profile=profile,
         )  # fmt: skip
+        if profile is not None:
+            profile.stop(state.step)  # the run ended before they did
+        spent = phases.record()
+        run_log.write({"step": state.step, "time": spent}, file="timing.jsonl")
+        log.say(time_line(spent, groups.world_size()), groups.rank())
     except (ValueError, OSError):
         saves.settle()  # a checkpoint that is being written is still wanted
         raise
@@ -154,8 +170,10 @@ def saver(
     tokenizer: Tokenizer,
     tuning: TuningArgs,
     expected_base: dict[str, Any] | None,
+    template: dict[str, Any] | None = None,
 ) -> Saver:
-    """What writes the checkpoints of this run: weights or adapter, tokenizer, exact state. Every rank calls it."""
+    """What writes the checkpoints of this run: weights or adapter, tokenizer, the data's template if they have one, exact
+    state. Every rank calls it."""
     identity = export.BaseIdentity(checkpoint, expected_base)
     terms, names, params = saved_terms(model, tuning), saved_names(model, tuning), model.args.to_dict()
 
@@ -163,7 +181,7 @@ def saver(
         return {"base": identity.record(), "tokenizer": tokenizer.fingerprint}
 
     def also(into: Path) -> list[Path]:
-        return save_tokenizer(tokenizer, into)
+        return save_tokenizer(tokenizer, into, template)
 
     if saves_adapter(run, tuning):
         beside: Beside = export.Adapter(names, terms, params, about, also)
@@ -177,9 +195,11 @@ def saver(
     return Saver(Path(run.output_dir), model, optimizer, names, beside, run.save_total_limit)
 
 
-def save_tokenizer(tokenizer: Tokenizer, into: Path) -> list[Path]:
+def save_tokenizer(tokenizer: Tokenizer, into: Path, template: dict[str, Any] | None) -> list[Path]:
     before = set(into.iterdir())
     tokenizer.save(into)
+    if template is not None:
+        carried.write(template, into)
     return sorted(set(into.iterdir()) - before)
 
 

@@ -29,6 +29,7 @@ from accessory.tokenizer import Tokenizer
 from accessory.train import loop
 from accessory.train.state import TrainState
 
+SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitioner takes again what costs least
 MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
 
 
@@ -196,6 +197,11 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     if parallel.compile:  # graphs are shared by the layers, not by training, validation, packed and single sequences
         torch._dynamo.config.recompile_limit = 64
+        torch._functorch.config.activation_memory_budget = (
+            SELECTIVE_BUDGET if parallel.checkpointing == "selective" else 1.0
+        )
+
+    model.sequence_parallel = parallel.sequence_parallel
 
     def after_block(layer: torch.nn.Module) -> None:
         layer.checkpointing = parallel.checkpointing
@@ -226,4 +232,8 @@ def continue_from(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir"
             )
     log.say(f"continuing from {path}, step {state.step}", groups.rank())
+    if (then := state.data.get("optim_states", "fp32")) != position["optim_states"]:
+        log.say(
+            f"the moments were {then} until now, they go on as --optim_states {position['optim_states']}", groups.rank()
+        )
     return state

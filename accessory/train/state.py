@@ -1,4 +1,4 @@
-"""Where a run stands, as plain JSON, and the small clocks of the loop: late reading, randomness, signals.
+"""Where a run stands, as plain JSON, and the small parts of the loop: late reading, a step's line, randomness, signals.
 
     validation -> state.note: best of all | best N of the checkpoints (never retired) | validations without improvement
 
@@ -15,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from accessory import log
+
+MAX_SKIPPED_IN_A_ROW = 20
 
 
 @dataclass
@@ -53,6 +57,15 @@ class TrainState:
     def best_steps(self) -> list[int]:
         """The best checkpoints, best first; of equal ones the earlier."""
         return [step for _, step in self.ranked]
+
+    def advance(self, tokens: int, supervised: int, windows: int) -> None:
+        """One step further, over so many tokens; `windows`: of an epoch."""
+        self.step += 1
+        self.window += 1
+        self.tokens += tokens
+        self.supervised_tokens += supervised
+        if self.window == windows:
+            self.epoch, self.window = self.epoch + 1, 0
 
     def judge_by(self, metric: str) -> None:
         """By another metric than before, nothing is known of what was better."""
@@ -129,3 +142,37 @@ class Stopwatch:
         now = time.perf_counter()
         seconds, self.start = now - self.start, now
         return seconds
+
+
+class StepLines:
+    """metrics.jsonl's lines of the steps, and the bar; each written when its figures have come from the device."""
+
+    def __init__(self, run_log: log.RunLog, state: TrainState, logging_steps: int, max_steps: int):
+        self.run_log, self.state, self.every, self.max_steps = run_log, state, logging_steps, max_steps
+        self.clock, self.tokens, self.seconds = Stopwatch(), 0, 0.0  # since the last line
+
+    def lap(self) -> float:
+        """Seconds since the last call: what a line's speed counts is between two of them."""
+        return self.clock.lap()
+
+    def write(self, late: Late, record: dict[str, Any]) -> None:
+        """A finished step's line. `late`: loss, gradient norm, steps skipped in all and in a row. Raises ValueError where the run
+        no longer learns."""
+        loss, norm, skipped, row = late.read()
+        self.state.skipped_steps = int(skipped)
+        step = record["step"]
+        if row >= MAX_SKIPPED_IN_A_ROW:
+            raise ValueError(
+                f"step {step}: the gradient was not finite for {int(row)} steps in a row; lower --lr, or train in bf16 or fp32 (--precision)"
+            )
+        self.tokens += record.pop("window_tokens")
+        self.seconds += record.pop("seconds")
+        if step % self.every and step != self.max_steps:
+            return
+        speed, memory = self.tokens / max(self.seconds, 1e-9), log.peak_memory_gb()
+        self.tokens, self.seconds = 0, 0.0
+        record |= {"loss": loss, "grad_norm": norm, "tokens_per_second": round(speed, 2)}
+        record |= {"memory_gb": round(memory, 3), "skipped_steps": int(skipped)}
+        self.run_log.write(record)
+        shown = {"loss": f"{loss:.4f}", "lr": f"{record['lr']:.2e}", "tokens/s": f"{speed:.0f}", "GB": f"{memory:.1f}"}
+        self.run_log.step(step, shown)

@@ -20,7 +20,7 @@ from accessory.checkpoint.save import Saver
 from accessory.data.sft import Example
 from accessory.train.start import materialise
 from accessory.model import ModelArgs, Transformer, shard_dim
-from accessory.model.llama import kv_copied
+from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
@@ -53,7 +53,7 @@ class Case:
     tuning: str = "full"
     tied: bool = False
     heads: str = "12/2"
-    checkpointing: bool = False
+    checkpointing: bool | str = False
     data_parallel: str = "fsdp"
     cut: tuple[int, int] = (2, 4)
     precision: str = "fp32"
@@ -61,6 +61,7 @@ class Case:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = LINEARS
     quant: str | None = None
+    sequence_parallel: bool = False
 
     @property
     def args(self) -> ModelArgs:
@@ -136,12 +137,14 @@ def prepare(case: Case, weights: dict[str, torch.Tensor] | None = None) -> Run:
     model = build(checkpoint, case.args, case.tuning_args)
     trained = mark_trainable(model, case.tuning_args)
     flags = {"precision": case.precision, "checkpointing": case.checkpointing, "quant": case.quant}
+    flags["sequence_parallel"] = case.sequence_parallel
     parallel = ParallelArgs(case.mp, case.data_parallel, **flags)
     quantise(model, parallel)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
         materialise(model, checkpoint, parallel, seed=0)
     whole_slice = case.data_parallel == "ddp"
-    rules = GradientRules(model, case.args.kv_heads, shard_dim, partial_grad, kv_copied, cut_over_dp=not whole_slice)
+    addends = replicated if case.sequence_parallel else partial_grad
+    rules = GradientRules(model, case.args.kv_heads, shard_dim, addends, kv_copied, cut_over_dp=not whole_slice)
     run = Run(case, model, None, rules, trained)  # type: ignore[arg-type]
     run.optimizer = optim.adamw(model, OPTIM)
     return run

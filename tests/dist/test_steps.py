@@ -7,7 +7,8 @@ import torch
 
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local
-from accessory.train import loop, objectives
+from accessory.train import objectives
+from accessory.train import state as train_state
 from accessory.train.state import reseed
 from tests.dist import runs
 from tests.dist.runs import Case
@@ -86,13 +87,13 @@ def test_one_bad_gradient_skips_the_step_on_every_rank():
 
 def never_finite() -> str:
     run = runs.prepare(Case(2, 1, "lora"))
-    before, patience = runs.contents(run), loop.MAX_SKIPPED_IN_A_ROW
-    loop.MAX_SKIPPED_IN_A_ROW = 3
+    before, patience = runs.contents(run), train_state.MAX_SKIPPED_IN_A_ROW
+    train_state.MAX_SKIPPED_IN_A_ROW = 3
     try:
         with pytest.raises(ValueError) as caught:
             runs.train(run, objective=lambda model, batch: _times(objectives.next_token(model, batch), math.nan))
     finally:
-        loop.MAX_SKIPPED_IN_A_ROW = patience
+        train_state.MAX_SKIPPED_IN_A_ROW = patience
     assert not [n for n in runs.differ(before, runs.contents(run)) if "/" not in n]
     return str(caught.value)
 

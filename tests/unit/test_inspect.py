@@ -17,6 +17,7 @@ from accessory.checkpoint.formats import open_checkpoint
 from accessory.checkpoint.formats_read import file_sha256
 from accessory.checkpoint.formats_write import write_hf, write_meta
 from accessory.model.args import ModelArgs
+from accessory.train.state import TrainState
 from accessory.weights import TensorSource
 from accessory.weights.compare import compare, differences, folded, verdict
 from tests.helpers import ROOT, assets, random_weights, tiny_args, tiny_tokenizer
@@ -158,12 +159,12 @@ def test_pefts_directory(tmp_path: Path, capsys) -> None:
 # --- a run's checkpoints ----------------------------------------------------------------------------------------------
 
 
-def checkpoint_of_a_run(run: Path, step: int, seed: int = 0, best_step: int | None = None) -> Path:
+def checkpoint_of_a_run(run: Path, step: int, seed: int = 0, best_step: int | None = None, **more) -> Path:
     """step_N with weights, state and manifest, as checkpoint/save.py leaves it; `latest` points to it."""
     path = meta(run / f"step_{step:08d}", weights(seed), shards=2, style="consolidated")
     (path / "resume").mkdir()
     state = {"step": step, "epoch": 1, "tokens": 4096, "best_step": best_step, "format_version": resume.FORMAT_VERSION}
-    (path / "resume" / resume.STATE).write_text(json.dumps(state))
+    (path / "resume" / resume.STATE).write_text(json.dumps(state | more))
     pieces = {f"{NORM}{key}": torch.rand(48) for key in ("", "/exp_avg", "/exp_avg_sq")} | {WQ: torch.rand(48, 48)}
     save_file(pieces, path / "resume/state-00000-of-00001.safetensors")
     files = [f for f in sorted(path.rglob("*")) if f.is_file()]
@@ -190,6 +191,31 @@ def test_a_run_lists_its_checkpoints_and_shows_the_latest(tmp_path: Path, capsys
         main(path=str(tmp_path / "run"))
     text = capsys.readouterr().out
     assert f"step_00000010  {first / 'params.json'} is missing  (best)" in text and "step_00000020  whole" in text
+
+
+def test_every_one_of_the_best_is_marked(tmp_path: Path, capsys) -> None:
+    """As --keep_best_n 3 leaves them; the ranks are those that training writes down."""
+    state = TrainState(metric="val_loss")
+    for state.step, loss in ((10, 3.0), (20, 1.5), (30, 2.0), (40, 1.0), (50, 2.0)):
+        state.note({"val_loss": loss}, keep=3)
+        saved = {k: v for k, v in state.to_json().items() if k in ("ranked", "best_step")}
+        checkpoint_of_a_run(tmp_path / "run", state.step, **saved)
+    resume.retire(tmp_path / "run", 1, state.best_steps)
+    text = shown(capsys, path=str(tmp_path / "run"))
+    assert [line.strip() for line in text.splitlines() if "  whole" in line] == [
+        "step_00000020  whole  (best 2)",
+        "step_00000030  whole  (best 3)",
+        "step_00000040  whole  (best)",
+        "step_00000050  whole  (latest)",
+    ]
+    report = json.loads(shown(capsys, path=str(tmp_path / "run"), json=True))
+    assert [(c["step"], c["best"]) for c in report["checkpoints"]] == [(20, 2), (30, 3), (40, 1), (50, None)]
+    state.step = 60
+    state.note({"val_loss": 0.5}, keep=3)
+    checkpoint_of_a_run(tmp_path / "run", 60, ranked=state.ranked, best_step=state.best_step)
+    text = shown(capsys, path=str(tmp_path / "run"))
+    assert "step_00000060  whole  (latest, best)\n" in text and "step_00000040  whole  (best 2)\n" in text
+    assert "step_00000030  whole\n" in text  # no longer one of them
 
 
 FILES = ["consolidated.01-of-02.model.pth", "params.json", "tokenizer.model", f"resume/{resume.STATE}"]

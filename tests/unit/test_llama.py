@@ -444,7 +444,7 @@ def test_no_label_at_all_is_a_loss_of_zero_with_gradients() -> None:
 def test_checkpointing_changes_nothing_but_memory() -> None:
     model = carry(peer(n_kv_heads=2))
     tokens, gradients, names = tokens_of(1, 30), [], []
-    for on in (False, True):
+    for on in ("none", "selective", "full"):
         for layer in model.layers:
             layer.checkpointing = on
         model.zero_grad()
@@ -452,7 +452,7 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         names.append([n for n, _ in model.named_parameters()])
-    assert names[0] == names[1] and all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert names[0] == names[1] == names[2] and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients))
 
 
 # --- params.json ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from accessory import config
 from accessory.data.sft import Example
-from accessory.model import ModelArgs, Transformer, shard_dim
+from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.args import allowed_model_parallel_sizes, check_model_parallel
 from accessory.model.llama import global_shape, set_parameter
 from accessory.model.lora import (
@@ -30,6 +30,7 @@ from accessory.model.lora import (
     saved_names,
     saved_terms,
 )
+from accessory.model.lora_function import lora_linear
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim, plan
@@ -248,6 +249,112 @@ def test_a_starts_as_pefts_and_depends_on_seed_and_name_alone() -> None:
         )
     same_shape = [v for n, v in values.items() if n.endswith(("wq.lora_a.weight", "wk.lora_a.weight"))]
     assert len(same_shape) == 4 and not any(torch.equal(a, b) for i, a in enumerate(same_shape) for b in same_shape[:i])
+
+
+# --- as one function --------------------------------------------------------------------------------------------------
+
+
+def step_by_step(x, weight, bias, a, b, scale, dropout=0.0, packed=None):
+    """What lora_linear replaces, each operation autograd's own."""
+    if packed is not None:
+        weight = quant.dequantise(weight, *packed, x.dtype)
+    return F.linear(x, weight, bias) + F.linear(F.linear(F.dropout(x, dropout), a), b) * scale
+
+
+def adapted_tensors(dtype: torch.dtype, trains: str = "xab", packed: bool = False) -> tuple[dict, tuple | None]:
+    """({argument of lora_linear: tensor}, its `packed`); those whose letters are in `trains` want a gradient."""
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"x": (2, 33, 96), "weight": (160, 96), "bias": (160,), "a": (8, 96), "b": (160, 8)}
+    values = {n: (torch.randn(s, generator=generator) * 0.2).to(dtype) for n, s in shapes.items()}
+    where = None
+    if packed:
+        groups.ensure()
+        layout = quant.Layout(160, 96, 0, 0, 160, 96)
+        where = layout, quant.tables(torch.device("cpu"))
+        values["weight"] = quant.pack(values["weight"], layout, dtype)
+    return {
+        n: t.requires_grad_(n[0] in trains and n != "bias" or n == "bias" and "c" in trains) for n, t in values.items()
+    }, where
+
+
+def outputs_and_gradients(function, tensors: dict, **options) -> dict[str, torch.Tensor]:
+    leaves = {n: t if t is None else t.detach().clone().requires_grad_(t.requires_grad) for n, t in tensors.items()}
+    torch.manual_seed(3)
+    y = function(*leaves.values(), 1.5, **options)
+    y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).to(y.dtype))
+    return {"y": y.detach()} | {n: t.grad for n, t in leaves.items() if t is not None and t.grad is not None}
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("trains", ["xab", "ab", "xb", "xa", "xabwc", "w"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_function_gives_what_its_steps_give(dtype, bound, trains: str, dropout: float, bias: bool) -> None:
+    """Output and every gradient; with dropout the very same mask."""
+    tensors, _ = adapted_tensors(dtype, trains)
+    tensors |= {} if bias else {"bias": None}
+    expected = outputs_and_gradients(step_by_step, tensors, dropout=dropout)
+    found = outputs_and_gradients(lora_linear, tensors, dropout=dropout)
+    assert found.keys() == expected.keys() and len(found) == 1 + len(trains) - ("c" in trains and not bias)
+    for name, value in expected.items():
+        error = (found[name].double() - value.double()).abs().max() / value.double().abs().max()
+        assert found[name].dtype == dtype and found[name].shape == value.shape and error <= bound, (name, error)
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_one_function_over_packed_weights(dtype, bound, dropout: float) -> None:
+    tensors, packed = adapted_tensors(dtype, packed=True)
+    expected = outputs_and_gradients(step_by_step, tensors, dropout=dropout, packed=packed)
+    found = outputs_and_gradients(lora_linear, tensors, dropout=dropout, packed=packed)
+    assert found.keys() == expected.keys() == {"y", "x", "a", "b"}
+    for name, value in expected.items():
+        assert (found[name] - value).abs().max() <= bound * value.abs().max(), name
+
+
+def kept(function, dropout: float) -> int:
+    """Bytes that autograd keeps of three linears over one x, beside x and the weights themselves."""
+    tensors, _ = adapted_tensors(torch.float32)
+    known = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    found: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        if (storage := tensor.untyped_storage()).data_ptr() not in known:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        ys = [function(*tensors.values(), 1.5, dropout=dropout) for _ in range(3)]
+    assert len(ys) == 3
+    return sum(found.values())
+
+
+def test_what_it_keeps_for_backward() -> None:
+    """x once for all; of dropout a byte an element, where the steps keep the dropped x and its factors, four bytes each."""
+    tokens, low, size = 66, 3 * 66 * 8 * 4, 96
+    assert kept(lora_linear, 0.0) == low
+    assert kept(lora_linear, 0.3) == low + 3 * tokens * size
+    assert kept(step_by_step, 0.3) >= low + 3 * tokens * size * 8
+
+
+def test_no_second_derivative_and_nothing_kept_that_nobody_wants() -> None:
+    tensors, _ = adapted_tensors(torch.float32)
+    [gradient] = torch.autograd.grad(
+        lora_linear(*tensors.values(), 1.5).square().sum(), tensors["x"], create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.square().sum().backward()
+    with torch.no_grad():
+        assert lora_linear(*tensors.values(), 1.5).grad_fn is None
+
+
+def test_under_autocast_the_steps_are_taken() -> None:
+    """Autocast does not reach a function's backward."""
+    model, _ = tuned(TuningArgs(lora_rank=4), trained=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        model(tokens_of(1, 9)).float().square().mean().backward()
+    gradients = [p.grad for n, p in model.named_parameters() if ".lora_" in n]
+    assert len(gradients) == 28 and all(g.isfinite().all() and g.any() for g in gradients)
 
 
 # --- a rank and a scale for each linear -------------------------------------------------------------------------------

@@ -1,0 +1,101 @@
+"""A frozen linear and its adapter as one autograd function: y = x W^T + b + s (drop(x) A^T) B^T.
+
+    forward    h = drop(x) A^T,  y = x W^T,  y += s h B^T in the product itself
+    backward   g' = s g B,  dx = g W + g' A in the product itself,  dA = g'^T drop(x),  dB = s g^T h
+
+Step by step, autograd scales and adds (tokens, out) and (tokens, in) tensors four times, each a pass over memory that costs as
+much as the adapter's own products. Kept for backward: x, which the layers that share it keep once; h; of dropout the mask,
+a byte an element, instead of the dropped x and its factors. W may be held in NF4 (quant.py), made again in backward.
+Proof: tests/unit/test_lora.py, tests/dist/test_parity.py. Measured: python -m bench.ablate_layers.
+
+Shapes of this rank's slices: W (out, in), A (r, in), B (out, r).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from accessory.model import quant
+
+Packed = tuple[quant.Layout, tuple[Tensor, Tensor]]  # where a packed W's slice lies, and quant.tables
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        dropout: float,
+        packed: Packed | None,
+    ) -> Tensor:
+        mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        h = _kept(x, mask).flatten(0, -2) @ a.t()  # (N, r)
+        if mask is not None:
+            h *= 1 / (1 - dropout)
+        y = F.linear(x, _matrix(weight, packed, x.dtype))
+        y.flatten(0, -2).addmm_(h, b.t(), alpha=scale)
+        if bias is not None:
+            y += bias
+        _, wants_weight, _, wants_a, wants_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if wants_a or wants_weight else None, weight, a, b, h if wants_b else None, mask)
+        ctx.scale, ctx.dropout, ctx.packed = scale, dropout, packed
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        x, weight, a, b, h, mask = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
+        g = gradient.flatten(0, -2)  # (N, out)
+        low = (g @ b).mul_(ctx.scale / (1 - ctx.dropout))  # (N, r): dh
+        x_grad = weight_grad = bias_grad = a_grad = b_grad = None
+        if wants_x:
+            x_grad = g @ _matrix(weight, ctx.packed, g.dtype)
+            if mask is None:
+                x_grad.addmm_(low, a)
+            else:
+                x_grad += _kept(low @ a, mask.flatten(0, -2))
+            x_grad = x_grad.view(*gradient.shape[:-1], -1)
+        if wants_weight:
+            weight_grad = g.t() @ x.flatten(0, -2)
+        if wants_bias:
+            bias_grad = g.sum(0)
+        if wants_a:
+            a_grad = low.t() @ _kept(x, mask).flatten(0, -2)
+        if wants_b:
+            b_grad = (g.t() @ h).mul_(ctx.scale)
+        return x_grad, weight_grad, bias_grad, a_grad, b_grad, None, None, None
+
+
+def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
+    """What dropout leaves, its factor 1 / (1 - p) still to come: on the (N, r) side it costs nothing."""
+    return (
+        x if mask is None else torch.where(mask, x, 0.0)
+    )  # a product with a mask of bools is five times slower on CPU
+
+
+def _matrix(weight: Tensor, packed: Packed | None, dtype: torch.dtype) -> Tensor:
+    return weight if packed is None else quant.dequantise(weight, *packed, dtype)
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    scale: float,
+    dropout: float = 0.0,
+    packed: Packed | None = None,
+) -> Tensor:
+    """(.., in) -> (.., out); `dropout` on the adapter's input, 0 outside training. All of one dtype, but for a packed W. Not for
+    autocast, which does not reach backward, nor for a second derivative. Under mp: of these slices, sums are the caller's."""
+    return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout, packed)

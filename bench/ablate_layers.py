@@ -1,0 +1,167 @@
+"""What each way of making a layer or the loss faster is worth: on and off by turns, in one process, on one thread.
+
+    python -m bench.ablate_layers [--layers 4] [--tokens 1024] [--rounds 5] [--precision fp32|bf16] [--only lora]
+
+Layers of SmolLM2-135M's widths with random weights, a vocabulary of 2048 (its own 49,152 for the two rows about the loss), LoRA of rank 16 on all seven linears, one row of packed documents; a step
+is forward and backward. Time is this thread's own CPU seconds, the least of the rounds and the median of the rounds' ratios: so
+neighbours on the machine matter little. Memory is the most that was allocated in a step beside the weights.
+
+    row            on                                               off
+    lora           linear and adapter one function                  step by step, as autograd composes it
+    lora dropout   the same with dropout 0.05
+    loss chunk     a chunk of 64 MiB of logits                      of 4 MiB
+    supervised     head over the 35 % of tokens that are learnt     over all of them
+    packed         documents side by side in one row                a padded row each
+    compile        each layer through torch.compile, warmed up      eager
+"""
+
+import os
+import statistics
+import time
+from typing import Callable
+
+import torch
+from torch import Tensor
+
+from accessory.config import run_tool
+from accessory.model import ModelArgs, Transformer
+from accessory.model.llama import set_parameter
+from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
+from accessory.parallel import groups, loss
+from accessory.parallel.fsdp import DTYPES
+
+WIDTHS = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "rope_theta": 100000.0}
+DOCUMENTS = (0.18, 0.08, 0.25, 0.12, 0.05, 0.22, 0.10)  # lengths, as shares of the tokens
+ROWS = ("lora", "lora dropout", "loss chunk", "supervised", "packed", "compile")
+Step = Callable[[], Tensor]  # forward only: the loss
+
+
+def main(
+    *, layers: int = 4, tokens: int = 1024, rounds: int = 5, precision: str = "fp32", only: str | None = None
+) -> None:
+    """Prints a line a technique: milliseconds and megabytes on and off, and what on is worth. --only: one row's name."""
+    torch.set_num_threads(1)
+    groups.ensure()
+    print(f"{layers} layers, {tokens} tokens, {precision}, least of {rounds} rounds; peak memory of one step")
+    print(f"{'':14}{'on ms':>9}{'off ms':>9}{'gain':>7}{'median':>8}{'on MB':>9}{'off MB':>9}")
+    for name in ROWS if only is None else (only,):
+        model = lora_model(layers, DTYPES[precision], 49152 if name in ("loss chunk", "supervised") else 2048)
+        on, off = pair(name, model, tokens)
+        seconds, ratios = interleaved(model, on, off, rounds)
+        memory = [peak(model, step) / 1e6 for step in (on, off)]
+        gain, median = seconds[1] / seconds[0], statistics.median(ratios)
+        figures = (
+            f"{seconds[0] * 1e3:9.0f}{seconds[1] * 1e3:9.0f}{gain:7.3f}{median:8.3f}{memory[0]:9.1f}{memory[1]:9.1f}"
+        )
+        print(f"{name:14}{figures}", flush=True)
+
+
+def lora_model(layers: int, dtype: torch.dtype, vocab_size: int) -> Transformer:
+    args = ModelArgs.from_dict(WIDTHS | {"n_layers": layers, "vocab_size": vocab_size, "tie_word_embeddings": True})
+    model, tuning = Transformer(args), TuningArgs(lora_rank=16, lora_alpha=32.0)
+    add_tuning(model, tuning)
+    mark_trainable(model, tuning)
+    for name in [n for n, _ in model.named_parameters()]:
+        set_parameter(model, name, initial_value(model, name, seed=0).to(dtype))
+    return model.train()
+
+
+def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
+    """The step with the technique and the one without."""
+    lengths = [int(share * tokens) for share in DOCUMENTS]
+    row = torch.randint(model.args.vocab_size, (1, sum(lengths)), generator=torch.Generator().manual_seed(0))
+    bounds = torch.tensor([0, *lengths]).cumsum(0)
+
+    def step(labels: Tensor = row) -> Tensor:
+        return model(row, labels=labels, cu_seqlens=bounds)[0]
+
+    if name in ("lora", "lora dropout"):
+        dropout = 0.05 if name == "lora dropout" else 0.0
+        return (
+            lambda: with_adapters(model, LoRA.adapted, dropout, step),
+            lambda: with_adapters(model, step_by_step, dropout, step),
+        )
+    if name == "loss chunk":
+        return lambda: with_chunk(64, step), lambda: with_chunk(4, step)
+    if name == "supervised":
+        learnt = row.masked_fill(torch.arange(row.shape[1]) % 20 >= 7, -100)
+        return lambda: step(learnt), step
+    if name == "packed":
+        padded, labels = padded_rows(row, lengths)
+        return step, lambda: model(padded, labels=labels)[0]
+    if name == "compile":
+        return lambda: with_compiled(model, step), step
+    raise ValueError(f"--only {name}: choose one of {', '.join(ROWS)}")
+
+
+def step_by_step(self: LoRA, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    return self.product(x, bias) + self.low_rank(x)
+
+
+def with_adapters(model: Transformer, adapted: Callable, dropout: float, step: Step) -> Tensor:
+    usual, LoRA.adapted = LoRA.adapted, adapted
+    for _, linear in linears(model):
+        linear.lora_dropout = dropout
+    try:
+        return step()
+    finally:
+        LoRA.adapted = usual
+        for _, linear in linears(model):
+            linear.lora_dropout = 0.0
+
+
+def with_chunk(mebibytes: int, step: Step) -> Tensor:
+    usual, loss.CHUNK_BYTES = loss.CHUNK_BYTES, mebibytes * 2**20
+    try:
+        return step()
+    finally:
+        loss.CHUNK_BYTES = usual
+
+
+def with_compiled(model: Transformer, step: Step) -> Tensor:
+    for layer in model.layers:
+        layer.compute = torch.compile(type(layer).compute).__get__(layer)
+    try:
+        return step()
+    finally:
+        for layer in model.layers:
+            del layer.compute
+
+
+def padded_rows(row: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+    """(tokens, labels) of (documents, longest)."""
+    padded = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)
+    labels = [t.clone() for t in row[0].split(lengths)]
+    return padded, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+
+
+def interleaved(model: Transformer, on: Step, off: Step, rounds: int) -> tuple[list[float], list[float]]:
+    """(least CPU seconds on and off, off / on of each round); a round before them warms up."""
+    taken: list[list[float]] = [[], []]
+    for _ in range(rounds + 1):
+        for step, seconds in zip((on, off), taken):
+            model.zero_grad()
+            start = time.process_time()
+            step().backward()
+            seconds.append(time.process_time() - start)
+    return [min(s[1:]) for s in taken], [b / a for a, b in zip(taken[0][1:], taken[1][1:])]
+
+
+def peak(model: Transformer, step: Step) -> int:
+    """The most bytes that one step holds at once, beside what was there before it."""
+    from torch.profiler import ProfilerActivity, profile
+
+    model.zero_grad()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step().backward()
+    held = most = 0
+    for event in profiler.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own chatter
+    run_tool(main)

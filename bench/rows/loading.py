@@ -1,0 +1,49 @@
+"""1 GB of consolidated.00.pth and consolidated.01.pth, from the files to the first logits. Program: bench/sides/load_model.py.
+
+The peers read what suits them: transformers the same weights as safetensors, plain torch the .pth files. (tokens: parameters.)"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.rows import OURS, Goal, Row, Side
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = {"dim": 1536, "n_layers": 16, "n_heads": 12, "n_kv_heads": 12, "hidden_dim": 4096, "vocab_size": 32000}
+SIZES |= {"norm_eps": 1e-5, "rope_theta": 10000.0}
+
+
+def prepare(directory, device: str) -> dict:
+    """0.55 G parameters in bf16, twice on the disk: 2.2 GB."""
+    sizes = directory / "sizes.json"
+    sizes.write_text(json.dumps(SIZES))
+    run("random_checkpoint", llama_config=sizes, dst=directory / "one", dtype="bf16")
+    run("reshard", src=directory / "one", dst=directory / "meta", mp=2)
+    run("meta_to_hf", src=directory / "one", dst=directory / "hf")
+    for file in (directory / "one").iterdir():
+        file.unlink()
+    count = sum(f.stat().st_size for f in (directory / "meta").glob("*.pth")) / 2
+    tokens = [(7919 * i) % SIZES["vocab_size"] for i in range(1, 33)]
+    return {"meta": str(directory / "meta"), "hf": str(directory / "hf"), "tokens": tokens, "parameters": count}
+
+
+def run(tool: str, **flags) -> None:
+    words = [sys.executable, str(ROOT / f"tools/{tool}.py"), *(f"--{k}={v}" for k, v in flags.items())]
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+
+
+WAYS = {"ours": OURS, "plain_torch": OURS, "transformers": "hf"}
+ROW = Row(
+    "loading",
+    "1.1 GB in two consolidated files, to the first logits",
+    [Side(way, env, "load_model", {"way": way}, precision="bf16") for way, env in WAYS.items()],
+    [
+        *(Goal(p, "speed", at_least=1.0) for p in ("plain_torch", "transformers")),
+        Goal("plain_torch", "anonymous_mb", at_most=0.6),
+        Goal("plain_torch", "peak_mb", at_most=0.6),
+        Goal("transformers", "anonymous_mb", at_most=0.6),
+        Goal("transformers", "peak_mb", at_most=0.6),
+    ],
+    prepare,
+)

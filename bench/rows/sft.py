@@ -1,0 +1,70 @@
+"""Instruction tuning as on GSM8K: short examples of very different lengths, of which only the answers are learnt. The unit is useful
+tokens, padding not counted.
+
+LENGTHS: (question with BOS, answer with EOS) in tokens of LLaMA's tokenizer, 72 rows of GSM8K's training set drawn at random.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from bench import workload
+from bench.rows import Goal, Row, Side
+from bench.rows.full_ft import hf, own
+
+LENGTHS = [
+    (74, 111), (109, 209), (102, 104), (87, 119), (184, 243), (139, 178), (112, 157), (77, 85), (67, 117), (68, 89), (115, 229),
+    (45, 96), (82, 110), (107, 210), (57, 120), (58, 212), (140, 262), (52, 134), (80, 97), (53, 234), (45, 169), (82, 138),
+    (54, 97), (53, 95), (41, 96), (89, 144), (66, 134), (56, 133), (101, 205), (62, 82), (86, 113), (33, 103), (69, 150),
+    (25, 103), (47, 57), (44, 103), (45, 95), (86, 107), (92, 137), (55, 143), (41, 100), (63, 95), (40, 92), (67, 133),
+    (29, 103), (68, 183), (117, 180), (83, 131), (114, 150), (46, 70), (66, 150), (42, 113), (82, 142), (56, 140), (102, 145),
+    (38, 89), (57, 152), (46, 128), (47, 79), (46, 67), (114, 309), (69, 79), (71, 92), (48, 78), (70, 99), (87, 66), (63, 95),
+    (97, 335), (70, 124), (79, 205), (75, 96), (76, 381),
+]  # fmt: skip
+WARMUP, UNITS, WINDOWS, BATCH = 2, 2, 2, 8  # units of two steps of eight examples, and one step more
+
+
+def prepare(directory: Path, device: str) -> dict[str, Any]:
+    sizes = workload.M if device == "cpu" else workload.LLAMA_7B
+    times = 1 if device == "cpu" else 8  # a GPU takes eight times the batch
+    mean = sum(p + a for p, a in LENGTHS) / len(LENGTHS)
+    return {
+        "models": workload.model(directory, sizes, device),
+        "examples": workload.examples(directory, LENGTHS * times, sizes["vocab_size"]),
+        "batch_size": BATCH * times,
+        "windows_per_unit": WINDOWS,
+        "warmup": WARMUP,
+        "units": UNITS,
+        "losses": 2,
+        "lr": 1e-5,
+        "sizes": sizes,
+        "flops_per_token": workload.flops_per_token(sizes, mean),
+        "gemms": workload.gemms(sizes, int(BATCH * mean)),
+    }
+
+
+ROW = Row(
+    "sft",
+    "instruction tuning on GSM8K's lengths, answers only, 58 M parameters, 8 examples a step",
+    [
+        own("ours-bf16", precision="bf16"),
+        own("ours-bf16-compile", precision="bf16", compile=True),
+        hf("hf-dynamic-autocast", "autocast", "hf-dynamic"),
+        hf("hf-dynamic-bf16", "bf16", "hf-dynamic-bf16"),
+        hf("hf-dynamic-bf16-compile", "bf16", "hf-dynamic-bf16", compile=True, dynamic=True),
+        hf("hf-padded-autocast", "autocast", "hf-padded-512", pad_to=512),
+        hf("hf-padded-bf16-compile", "bf16", "hf-padded-bf16", pad_to=512, compile=True),
+        Side("trl-packing-autocast", "trl", "trl_train", {"mode": "autocast"}, "trl-packing", "bf16"),
+        Side("trl-packing-bf16", "trl", "trl_train", {"mode": "bf16"}, "trl-packing", "bf16"),
+        Side("litgpt-dynamic", "litgpt", "litgpt_train", {"mode": "bf16"}, "litgpt", "bf16"),
+        Side("torchtune-dynamic", "torchtune", "torchtune_train", {"mode": "bf16"}, "torchtune", "bf16"),
+    ],
+    [
+        Goal("hf-dynamic", "speed", at_least=1.6),
+        Goal("hf-dynamic-bf16", "speed", at_least=1.6),
+        Goal("hf-padded-512", "speed", at_least=4.0),
+        Goal("trl-packing", "speed", at_least=1.3),
+        Goal("litgpt", "speed", at_least=1.0),
+        Goal("torchtune", "speed", at_least=1.0),
+    ],
+    prepare,
+)

@@ -1,0 +1,224 @@
+"""Runs rows of the benchmark: python -m bench.run ROW... [--device cuda] [--rounds 3] [--threads 2] [--only SIDE,..]
+
+    prepare(row) -> round 1: A B C, limits | round 2: A B C, limits | ..     each letter a process of its own, one at a time
+                 -> losses agree? -> ratios of neighbours, their medians -> table (stdout), ROW-cpu-2.json, ROW-cpu-2.png
+
+Without a ROW it lists the rows with their goals. Ours runs in this interpreter, peers in those of `python -m bench.peers`. A side
+that fails is an error row with its last words, and never a win for anybody. --threads 1 compares CPU time, which neighbours on
+the machine disturb least; more threads compare wall time. What is compared with what: bench/rows; how: bench/verdict.py.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bench import peers, rows, verdict
+from bench.rows import OURS, Absent, Row, Side
+
+ROOT = Path(__file__).resolve().parent.parent
+TIMEOUT = 600  # seconds of one process
+
+
+def all_rows() -> dict[str, Row]:
+    """By name, every module of bench/rows."""
+    found = {}
+    for module in sorted(m.name for m in pkgutil.iter_modules(rows.__path__)):
+        loaded = importlib.import_module(f"bench.rows.{module}")
+        found |= {row.name: row for row in getattr(loaded, "ROWS", None) or [loaded.ROW]}
+    return found
+
+
+def environment(side_env: str, threads: int, scratch: Path) -> dict[str, str]:
+    """A side's environment: this checkout on the path, its threads, a compile cache that the rounds share, nobody asked."""
+    fixed = {
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HOME": str(scratch / "hf"),
+        "TQDM_DISABLE": "1",
+    }
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor" / side_env)}
+    count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    return os.environ | fixed | cache | count | {"PYTHONPATH": str(ROOT)}
+
+
+def run_process(
+    python: Path | str, program: list[str], env: dict[str, str], timeout: float = TIMEOUT
+) -> dict[str, Any]:
+    """The JSON object that the process printed last, with the seconds it lived; {"error": its last words} where it failed."""
+    start = time.perf_counter()
+    process = subprocess.Popen(
+        [str(python), *program], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        out, err = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # its own session: the compiler's workers go with it
+        process.communicate()
+        return {"error": f"not finished after {timeout:g} s"}
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    if process.returncode:
+        said = [line.strip() for line in err.splitlines() if line.strip()]
+        return {"error": said[-1] if said else f"ended with {process.returncode}", "stderr": said[-30:]}
+    try:
+        result = json.loads([line for line in out.splitlines() if line.strip()][-1])
+        assert isinstance(result, dict), result
+    except (IndexError, ValueError, AssertionError):
+        return {"error": "the last line it printed is no JSON object"}
+    return result | {"process_seconds": time.perf_counter() - start}
+
+
+def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratch: Path) -> dict[str, Any]:
+    python = Path(sys.executable) if side.env == OURS else peers.python_of(side.env)
+    if not python.exists():
+        return {"error": f"no environment {side.env}: python -m bench.peers {side.env}"}
+    work = {"data": data, "settings": side.settings, "device": device, "threads": threads}
+    path = scratch / f"{side.name}.json"
+    path.write_text(json.dumps(work))
+    program = ROOT / "bench" / "sides" / f"{side.program}.py"
+    result = run_process(python, [str(program), str(path)], environment(side.env, threads, scratch))
+    missing = [k for k in ("loss", "tokens", "seconds", "cpu_seconds", "peak_mb", "more") if k not in result]
+    if "error" not in result and (missing or not result["seconds"]):
+        return {"error": f"it did not report {missing[0] if missing else 'any timed unit'}"}
+    return result
+
+
+def run_limits(data: dict[str, Any], device: str, threads: int, scratch: Path) -> dict[str, Any]:
+    path = scratch / "limits.json"
+    path.write_text(json.dumps({"data": data, "settings": {}, "device": device, "threads": threads}))
+    return run_process(sys.executable, ["-m", "bench.measure", str(path)], environment(OURS, threads, scratch))
+
+
+def run_row(row: Row, sides: list[Side], device: str, threads: int, rounds: int, scratch: Path) -> dict[str, Any]:
+    """Everything that was printed, and the verdict, as plain JSON. Raises Absent."""
+    data, clock = row.prepare(scratch, device), "cpu_seconds" if device == "cpu" and threads == 1 else "seconds"
+    printed: list[dict[str, Any]] = []
+    limits: list[dict[str, Any]] = []
+    for number in range(rounds):
+        printed.append({})
+        for side in sides:
+            first = printed[0].get(side.name, {})
+            failed = "error" in first  # it would only fail again
+            result = first if failed else run_side(side, data, device, threads, scratch)
+            printed[-1][side.name] = result
+            told = result.get("error") or f"{verdict.seconds_of(result, clock):.3f} s a unit"
+            print(f"{row.name} round {number + 1} {side.name}: {told}", file=sys.stderr, flush=True)
+        limits.append(run_limits(data, device, threads, scratch))
+    whole = [x for x in limits if "error" not in x]
+    limit = {k: statistics.median(x[k] for x in whole) for k in whole[0]} if whole else limits[0]
+    lines = verdict.table(row, printed, clock, limit, data.get("flops_per_token"))
+    told = {
+        "row": row.name, "what": row.what, "device": device, "threads": threads, "clock": clock, "machine": machine(),
+        "command": f"python -m bench.run {row.name} --device {device} --threads {threads} --rounds {rounds}",
+        "limits": limit, "data": _small(data), "sides": [asdict(s) for s in sides], "rounds": printed,
+        "goals": verdict.judge(row, printed, clock), "table": lines,
+    }  # fmt: skip
+    return without_places(told, scratch)
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    told = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        names = [x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x]
+        told = names[0] if names else told
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "cpu": told, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version(),
+        "load": os.getloadavg(),
+    }  # fmt: skip
+
+
+def without_places(told: Any, scratch: Path) -> Any:
+    """The same JSON with this machine's directories by other names: results are for others to read."""
+    text = json.dumps(told)
+    for name, place in (("SCRATCH", scratch), ("ENVS", peers.environments()), (".", ROOT), ("HOME", Path.home())):
+        text = text.replace(json.dumps(str(place))[1:-1], name)
+    return json.loads(text)
+
+
+def _small(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in data.items() if not (isinstance(v, (list, dict)) and len(v) > 64)}
+
+
+def plot(result: dict[str, Any], path: Path) -> None:
+    """Bars of tokens a second, if matplotlib is there."""
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        return
+    finished = [
+        (name, [verdict.value(r[name], "speed", result["clock"]) for r in result["rounds"]])
+        for name in result["rounds"][0]
+        if not any("error" in r[name] for r in result["rounds"])
+    ]
+    if not finished:
+        return
+    names, speeds = zip(*finished)
+    figure, axes = plt.subplots(figsize=(7, 0.35 * len(names) + 1.2))
+    middle = [statistics.median(s) for s in speeds]
+    error = [[m - min(s) for m, s in zip(middle, speeds)], [max(s) - m for m, s in zip(middle, speeds)]]
+    axes.barh(names, middle, xerr=error, color=["C1" if n.startswith(OURS) else "C0" for n in names])
+    axes.invert_yaxis()
+    axes.set_xlabel("tokens / " + ("CPU second" if result["clock"] == "cpu_seconds" else "second"))
+    axes.set_title(f"{result['row']}, {result['device']}, {result['threads']} threads")
+    figure.savefig(path, bbox_inches="tight", dpi=120)
+
+
+def listing(found: dict[str, Row]) -> str:
+    lines = []
+    for row in found.values():
+        lines += [f"{row.name}: {row.what}", *(f"    {goal}" for goal in row.goals)]
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="*", metavar="ROW")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--only", default="", help="sides or peers by name, with commas")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")
+    given, found = parser.parse_args(), all_rows()
+    if not given.rows:
+        print(listing(found))
+        return 0
+    if wrong := [n for n in given.rows if n not in found]:
+        print(f"{wrong[0]}: no such row; there are {', '.join(found)}", file=sys.stderr)
+        return 2
+    given.out.mkdir(parents=True, exist_ok=True)
+    only = set(filter(None, given.only.split(",")))
+    for row in (found[n] for n in given.rows):
+        sides = [s for s in row.sides if not only or {s.name, s.peer} & only]
+        with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
+            try:
+                result = run_row(row, sides, given.device, given.threads, given.rounds, Path(scratch))
+            except Absent as why:
+                print(f"{row.name}: passed over: {why}")
+                continue
+        name = given.out / f"{row.name}-{given.device}-{given.threads}"
+        Path(f"{name}.json").write_text(json.dumps(result, indent=1))
+        plot(result, Path(f"{name}.png"))
+        print(f"\n### {row.name}: {row.what}\n\n" + "\n".join(result["table"]), flush=True)
+        print("\nlimits: " + ", ".join(f"{k} {v:,.4g}" for k, v in result["limits"].items() if isinstance(v, float)))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

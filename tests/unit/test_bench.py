@@ -1,0 +1,229 @@
+"""The benchmark's frame without its peers: arithmetic on made-up results, and toy sides that really run."""
+
+import json
+import math
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from bench import measure, peers, run, verdict, workload
+from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.sides import batches
+
+
+def result(seconds, tokens=100.0, loss=(2.0, 1.9), peak=50.0, **more):
+    times = [seconds] * 3
+    return {"loss": list(loss), "tokens": tokens, "seconds": times, "cpu_seconds": times, "peak_mb": peak, "more": more}
+
+
+def toy_row(*sides, goals=(), prepare=lambda directory, device: {}):
+    return Row("toy", "a toy", list(sides), list(goals), prepare)
+
+
+MINE, SLOW, FAST = (
+    Side("mine", OURS, "x", peer=OURS),
+    Side("slow", "hf", "x", peer="peer"),
+    Side("fast", "hf", "x", peer="peer"),
+)
+
+
+# --- verdict ----------------------------------------------------------------------------------------------------------
+
+
+def test_ratio_is_the_median_of_neighbours_not_the_ratio_of_medians():
+    """Round by round 2, 3 and 4 times as fast, while the machine itself changes speed tenfold."""
+    row = toy_row(MINE, FAST, goals=[Goal("peer", "speed", at_least=2.9)])
+    rounds = [{"mine": result(s), "fast": result(s * factor)} for s, factor in ((1.0, 2.0), (10.0, 3.0), (0.1, 4.0))]
+    [entry] = verdict.judge(row, rounds, "seconds")
+    assert entry["ratio"] == pytest.approx(3.0) and entry["each"] == pytest.approx([2, 3, 4]) and entry["met"] is True
+    assert (
+        verdict.judge(toy_row(MINE, FAST, goals=[Goal("peer", "speed", at_least=3.1)]), rounds, "seconds")[0]["met"]
+        is False
+    )
+
+
+def test_the_fastest_of_a_peers_grid_stands_for_it():
+    row = toy_row(MINE, SLOW, FAST, goals=[Goal("peer", "speed", at_least=1.0), Goal("peer", "peak_mb", at_most=0.8)])
+    rounds = [{"mine": result(1.0), "slow": result(4.0, peak=10.0), "fast": result(0.5, peak=100.0)}] * 3
+    speed, memory = verdict.judge(row, rounds, "seconds")
+    assert speed["peer"] == "fast" and speed["ratio"] == pytest.approx(0.5) and speed["met"] is False
+    assert memory["peer"] == "fast" and memory["ratio"] == pytest.approx(0.5) and memory["met"] is True
+
+
+def test_speed_counts_tokens_and_seconds_do_not():
+    rounds = [{"mine": result(1.0, tokens=200.0, extra=3.0), "fast": result(1.0, tokens=100.0, extra=2.0)}]
+    assert verdict.ratios(rounds, MINE, FAST, "speed", "seconds") == [2.0]
+    assert verdict.ratios(rounds, MINE, FAST, "seconds", "seconds") == [1.0]
+    assert verdict.ratios(rounds, MINE, FAST, "extra", "seconds") == [1.5]
+
+
+def test_a_failing_side_never_wins_and_leaves_the_goal_open():
+    row = toy_row(MINE, SLOW, FAST, goals=[Goal("peer", "speed", at_least=1.0)])
+    failed = [{"mine": result(1.0), "slow": result(4.0), "fast": {"error": "RuntimeError: no"}}]
+    assert verdict.judge(row, failed, "seconds")[0]["peer"] == "slow"
+    none = [{"mine": result(1.0), "slow": {"error": "x"}, "fast": {"error": "x"}}]
+    assert verdict.judge(row, none, "seconds")[0]["met"] is None
+    ours = [{"mine": {"error": "x"}, "slow": result(1.0), "fast": result(1.0)}]
+    assert verdict.judge(row, ours, "seconds")[0]["met"] is None
+    assert any("failed: RuntimeError: no" in line for line in verdict.table(row, failed, "seconds", {}, None))
+
+
+@pytest.mark.parametrize("wrong", [(2.0, 1.95), (math.nan, 1.9), ()])
+def test_another_loss_is_another_result(wrong):
+    row = toy_row(MINE, SLOW, FAST, goals=[Goal("peer", "speed", at_least=1.0)])
+    rounds = [{"mine": result(1.0), "slow": result(2.0, loss=(2.0009, 1.8995)), "fast": result(0.1, loss=wrong)}]
+    assert verdict.disagreement(row, rounds, FAST) and verdict.disagreement(row, rounds, SLOW) is None
+    assert verdict.judge(row, rounds, "seconds")[0]["peer"] == "slow"
+    assert any("fast" in line and "other result" in line for line in verdict.table(row, rounds, "seconds", {}, None))
+
+
+def test_each_precision_is_held_against_its_own():
+    half, theirs = Side("mine16", OURS, "x", peer=OURS, precision="bf16"), Side("theirs16", "hf", "x", precision="bf16")
+    row = toy_row(MINE, half, theirs)
+    rounds = [
+        {"mine": result(1.0), "mine16": result(1.0, loss=(2.015, 1.9)), "theirs16": result(1.0, loss=(2.03, 1.9))}
+    ]
+    assert verdict.disagreement(row, rounds, theirs) is None  # 0.015 from ours in bf16, 0.03 from ours in fp32
+    assert verdict.disagreement(toy_row(MINE, theirs), rounds, theirs)
+
+
+def test_a_goal_names_sides_that_are_there():
+    with pytest.raises(AssertionError, match="nobody"):
+        toy_row(MINE, goals=[Goal("nobody", "speed", at_least=1.0)])
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+TOY = """
+    from bench import measure
+    work = measure.begin()
+    state = bytearray(work["settings"].get("mb", 0) * 1000000)
+    if work["settings"].get("fails"):
+        raise RuntimeError("this one cannot")
+    timed = measure.timed(lambda: sum(range(300000)), warmup=1, units=3)
+    measure.report(loss=[work["data"]["loss"]], tokens=10, more={"threads": work["threads"]}, **timed)
+"""
+
+
+@pytest.fixture
+def sides(tmp_path, monkeypatch):
+    """A checkout of its own whose only side program is TOY."""
+    (tmp_path / "bench" / "sides").mkdir(parents=True)
+    (tmp_path / "bench" / "sides" / "toy.py").write_text(textwrap.dedent(TOY))
+    real, kept = run.environment, run.ROOT
+    monkeypatch.setattr(run, "environment", lambda *a: real(*a) | {"PYTHONPATH": str(kept)})
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "run_limits", lambda *a: {"fp32_gflops": 1.0})
+    return tmp_path
+
+
+def test_toy_sides_run_and_a_failure_is_an_error_row(sides):
+    mine, big = Side("mine", OURS, "toy", peer=OURS), Side("big", OURS, "toy", {"mb": 300})
+    bad, absent = Side("bad", OURS, "toy", {"fails": True}), Side("absent", "no-such-peer", "toy")
+    row = toy_row(mine, big, bad, absent, goals=[Goal("big", "peak_mb", at_most=0.9), Goal("bad", "speed", at_least=0.1)],
+                  prepare=lambda directory, device: {"loss": 1.5, "where": str(directory)})  # fmt: skip
+    (sides / "scratch").mkdir()
+    told = run.run_row(row, row.sides, "cpu", 1, 1, sides / "scratch")
+    [printed] = told["rounds"]
+    assert printed["bad"]["error"] == "RuntimeError: this one cannot"
+    assert "python -m bench.peers no-such-peer" in printed["absent"]["error"]
+    mine_, big_ = printed["mine"], printed["big"]
+    assert mine_["loss"] == [1.5] and mine_["more"]["threads"] == 1 and len(mine_["seconds"]) == 3
+    assert 250 < big_["peak_mb"] - mine_["peak_mb"] < 350  # a resident set, of this process and not of its parent
+    assert all(0 < c <= 3 * s + 0.05 for c, s in zip(mine_["cpu_seconds"], mine_["seconds"]))
+    memory, speed = told["goals"]
+    assert memory["met"] is True and speed["met"] is None and told["clock"] == "cpu_seconds"
+    assert told["data"]["where"] == "SCRATCH" and str(sides) not in json.dumps(told)
+
+
+def test_what_is_no_result_is_an_error():
+    def told(code):
+        return run.run_process(sys.executable, ["-c", code], {}, timeout=20)
+
+    assert told("print('hello')")["error"] == "the last line it printed is no JSON object"
+    assert told("import sys; sys.exit('first\\nlast words')")["error"] == "last words"
+    assert told("print('x'); print('{\"a\": 1}')")["a"] == 1
+    assert "0.2 s" in run.run_process(sys.executable, ["-c", "import time; time.sleep(9)"], {}, timeout=0.2)["error"]
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_peak_falls_after_a_reset_and_sees_what_is_used():
+    block = bytearray(200_000_000)
+    high = measure.peak_mb()
+    del block
+    measure.reset_peak()
+    assert high - measure.now_mb() > 150
+    if measure.peak_mb() > high - 100:
+        pytest.skip("the peak of this process cannot be reset here")
+    block = bytearray(100_000_000)
+    assert 50 < measure.peak_mb() - (measure.now_mb() - 100) < 160 and len(block)
+
+
+def test_cpu_time_counts_work_and_not_waiting():
+    import time
+
+    asleep = measure.timed(lambda: time.sleep(0.05), warmup=0, units=2)
+    busy = measure.timed(lambda: sum(range(2_000_000)), warmup=0, units=2)
+    assert all(s >= 0.05 and c < 0.03 for s, c in zip(asleep["seconds"], asleep["cpu_seconds"]))
+    assert all(c > 0.005 for c in busy["cpu_seconds"])
+
+
+def test_limits_are_rates():
+    rate = measure.gemm_rate([(64, 64, 64)], torch.float32)
+    assert 0.05 < rate < 1e5
+
+
+# --- rows, data, peers ------------------------------------------------------------------------------------------------
+
+
+def test_every_row_can_be_listed_and_its_programs_are_there():
+    for row in run.all_rows().values():
+        for side in row.sides:
+            assert (run.ROOT / "bench" / "sides" / f"{side.program}.py").is_file(), (row.name, side.program)
+            assert side.env == OURS or side.env in peers.known(), (row.name, side.env)
+    assert "full_ft: " in run.listing(run.all_rows())
+
+
+def test_batches_are_the_same_examples_padded_or_counted(tmp_path):
+    lengths = [(2, 3), (1, 4), (3, 5), (2, 2), (4, 4), (1, 1)]
+    data = {
+        "examples": workload.examples(tmp_path, lengths, 50), "batch_size": 2, "windows_per_unit": 1, "warmup": 1, "units": 2,
+    }  # fmt: skip
+    assert batches.tokens_per_unit(data) == (8 + 4 + 8 + 2) / 2
+    first, second, third = batches.windows(data)
+    tokens, labels, mask = batches.padded(second, 0, None, "cpu")
+    assert tokens.shape == (2, 8) and mask.sum() == 12 and (labels != -100).sum() == 5 + 2 == batches.targets(second)
+    assert (labels[0, :3] == -100).all() and (labels[0, 3:] == tokens[0, 3:]).all() and (labels[1, 4:] == -100).all()
+    assert batches.padded(first, 0, None, "cpu")[2] is None and batches.padded(first, 0, 9, "cpu")[0].shape == (2, 9)
+    losses = []
+    unit = batches.unit_of(data, lambda window: torch.tensor(float(len(window))), losses)
+    unit()
+    assert losses == [torch.tensor(2.0)] and len(third) == 2
+
+
+def test_flops_are_six_or_four_times_the_weights():
+    sizes = {"dim": 4096, "n_layers": 32, "n_heads": 32, "n_kv_heads": 32, "hidden_dim": 11008, "vocab_size": 32000}
+    assert workload.flops_per_token(sizes, 0) == pytest.approx(6 * 6.607e9, rel=1e-3)
+    assert workload.flops_per_token(sizes, 0, backward=1) == pytest.approx(4 * 6.607e9, rel=1e-3)
+    attention = workload.flops_per_token(sizes, 2048) - workload.flops_per_token(sizes, 0)
+    assert attention == 3 * 2 * 2048 * 4096 * 32
+
+
+def test_an_absent_model_passes_the_row_over(monkeypatch, tmp_path, capsys):
+    def prepare(directory, device):
+        raise Absent("nothing here")
+
+    monkeypatch.setattr(run, "all_rows", lambda: {"toy": toy_row(MINE, prepare=prepare)})
+    monkeypatch.setattr(sys, "argv", ["run", "toy", "--out", str(tmp_path)])
+    assert run.main() == 0 and "toy: passed over: nothing here" in capsys.readouterr().out
+
+
+def test_a_peers_environment_is_made_of_its_file_and_our_torch(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENCH_ENVS", str(tmp_path))
+    assert peers.python_of("hf") == tmp_path / "hf" / "bin" / "python"
+    assert peers.wanted("trl").splitlines()[0] == peers.torch_pin()
+    assert "transformers==5.23.0" in peers.wanted("trl") and "trl==" in peers.wanted("trl")

@@ -1,0 +1,135 @@
+"""The benchmark's small rows: descriptions hold together, our ways compute what the others compute, bytes and curves are
+counted right. Nothing is timed and no peer's environment is needed."""
+
+import itertools
+import json
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+from accessory.model.attention import Segments, attend
+from accessory.parallel import groups
+from bench import growth, rows, run
+from bench.sides import adamw_step, grow, head, packed_attention, plain_llama, traffic
+from tests.helpers import tiny_args
+
+SMALL_ROWS = (
+    "head_loss_32k_bf16",
+    "packed_attention",
+    "optimizer",
+    "loading",
+    "startup",
+    "saving",
+    "ranks_mp",
+    "growth",
+)
+
+
+def test_rows_are_found_and_import_nothing_heavy():
+    found = run.all_rows()
+    assert set(SMALL_ROWS) <= set(found)
+    for name in SMALL_ROWS:
+        programs = {side.program for side in found[name].sides}
+        assert all((run.ROOT / "bench" / "sides" / f"{p}.py").exists() for p in programs), programs
+        assert found[name].sides[0].env == rows.OURS  # what losses are held against
+
+
+SHAPE = {"vocab": 97, "dim": 16, "rows": 40, "ignored": 0.35}
+
+
+@pytest.mark.parametrize("way", ["ours", "eager", "torch auto", "torch 256"])
+def test_ways_of_the_head_agree(way):
+    hidden, weight, labels = head.inputs(SHAPE | {"dtype": "fp32"}, "cpu")
+    assert 0 < int((labels == -100).sum()) < 40
+    loss = head.WAYS[way](hidden, weight, labels)
+    expected = F.cross_entropy(hidden @ weight.t(), labels, reduction="sum")
+    wanted = torch.autograd.grad(expected, (hidden, weight))
+    torch.testing.assert_close(loss, expected)
+    for got, want in zip(torch.autograd.grad(loss, (hidden, weight)), wanted):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_ways_of_packed_attention_agree():
+    settings = {"lengths": [3, 5, 2], "heads": 4, "kv_heads": 2, "head_dim": 8, "dtype": "fp32"}
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 10, h, 8, generator=draw) for h in (4, 2, 2))
+    bounds = torch.tensor([0, *itertools.accumulate(settings["lengths"])], dtype=torch.int32)
+    expected = attend(q, k, v, Segments(bounds, q.device), None)
+    for way in ("ours", "block mask", "transformers"):
+        prepare, compute = packed_attention.WAYS[way](settings, "cpu")
+        torch.testing.assert_close(compute(q, k, v, prepare()), expected, msg=way)
+
+
+def test_ways_of_the_optimizer_step_agree():
+    settings = {"small": 5, "small_size": 7, "large": 2, "large_size": 200_000, "clip": 1.0}
+    found = {}
+    for way in ("ours", "ours_sharded", "fused_clip", "default_clip"):
+        parameters = adamw_step.parameters(settings, "cpu")
+        gradients = adamw_step.gradients(parameters)
+        gradients[0] *= 50  # Adam hides a factor common to all steps: the second one has another norm
+        step, parameters = adamw_step.WAYS[way](settings, parameters, gradients)
+        step()
+        gradients[0] /= 2000
+        step()
+        found[way] = [p.detach().to_local() if hasattr(p, "to_local") else p.detach() for p in parameters]
+    for way, values in found.items():
+        for got, want in zip(values, found["default_clip"]):
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6, msg=way)
+
+
+def test_plain_llama_is_ours():
+    from accessory.model import Transformer
+
+    args = tiny_args(tie_word_embeddings=False)
+    ours = Transformer(args).init_weights()
+    theirs = plain_llama.Llama(
+        {k: getattr(args, k) for k in ("dim", "n_layers", "n_heads", "vocab_size", "norm_eps", "rope_theta")}
+        | {"n_kv_heads": args.kv_heads, "hidden_dim": args.ffn_dim}
+    )
+    theirs.load_state_dict(ours.state_dict())
+    tokens = torch.arange(12).view(2, 6)
+    torch.testing.assert_close(theirs(tokens), ours(tokens), atol=1e-5, rtol=1e-5)
+
+
+def test_traffic_counts_messages_and_what_a_ring_sends():
+    groups.ensure()
+    with traffic.Traffic(4) as sent:  # as if four ranks took part
+        dist.all_reduce(torch.zeros(10))
+        dist.all_gather_into_tensor(torch.zeros(8), torch.zeros(8))
+        dist.barrier()
+    assert sent.calls == {"reduce": [1, 40], "gather": [1, 32]}
+    assert sent.wire == 40 * 2 * 3 / 4 + 32 * 3 / 4
+
+
+def test_flops_of_a_token():
+    from accessory.model import Transformer
+
+    args = tiny_args(tie_word_embeddings=False)
+    model = Transformer(args)
+    layer = 2 * args.dim**2 + 2 * args.dim * args.kv_heads * args.head_size + 3 * args.dim * args.ffn_dim
+    products = args.n_layers * layer + args.dim * args.vocab_size
+    attention = 2 * 64 * args.dim * args.n_layers
+    assert grow.flops(model, 64, full=True) == 6 * products + 3 * attention
+    assert grow.flops(model, 64, full=False) == 4 * products + 3 * attention
+
+
+def result_of(sides: list[dict], rounds: list[dict]) -> dict:
+    return {"sides": sides, "rounds": rounds, "clock": "cpu_seconds", "limits": {"fp32_gflops": 100.0}}
+
+
+def test_curves_take_medians_and_leave_failures_out(tmp_path, monkeypatch, capsys):
+    def printed(seconds: float) -> dict:
+        more = {"extra_mb": 50.0, "formula_mb": 40.0, "mflops": 1.0}
+        return {"tokens": 100, "cpu_seconds": [seconds], "peak_mb": 1.0, "more": more}
+
+    sides = [{"name": n, "settings": {"curve": "length", "x": x}} for n, x in (("a", 256), ("b", 512))]
+    rounds = [{"a": printed(s), "b": {"error": "no"}} for s in (1.0, 2.0, 50.0)]
+    curves = growth.points(result_of(sides, rounds))
+    assert [p["x"] for p in curves["length"]] == [256] and curves["length"][0]["speed"] == 50.0
+    path = tmp_path / "growth.json"
+    path.write_text(json.dumps(result_of(sides, rounds)))
+    monkeypatch.setattr("sys.argv", ["growth", str(path)])
+    growth.main()
+    assert "| 256 | 50 | 0% | 50 | 40 | 1.25 |" in capsys.readouterr().out

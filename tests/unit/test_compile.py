@@ -1,0 +1,91 @@
+"""How often --compile compiles: a few graphs that all layers share, in the first two steps of each kind, then none, though every
+batch has other lengths and another number of documents. Graphs are run as traced, so only tracing is paid for. That they compute what eager layers do is tests/unit/test_device_paths.py's.
+
+Frames are what dynamo traces, with or without a graph in them; a step that traces one waits for the compiler.
+"""
+
+import contextlib
+import logging
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+from torch._dynamo.utils import counters
+
+from accessory.model import Transformer
+from accessory.model.lora import TuningArgs, mark_trainable
+from accessory.model.pretrained import build, quantise
+from accessory.parallel import groups
+from accessory.parallel.fsdp import ParallelArgs
+from accessory.train.start import materialise
+from tests.gpu.bodies import LORA, TINY, random_checkpoint
+
+PACKS = [[9, 5, 14], [7, 11], [6, 8, 12, 3], [5, 9], [4, 4, 4, 4, 4], [13, 22, 3, 6, 8, 1, 5]]  # documents of each step
+
+
+@contextlib.contextmanager
+def counted_compiler(monkeypatch):
+    """A CompileCounter behind every torch.compile in here."""
+    counter, real = CompileCounter(), torch.compile
+    torch._dynamo.reset()
+    counters.clear()
+    logging.getLogger("torch.__trace").setLevel(logging.INFO)  # pytest would keep thousands of its lines
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "compile", lambda f: real(f, backend=counter))
+        yield counter
+    torch._dynamo.reset()
+
+
+def model_of(layers: int, tuning: dict, **flags) -> Transformer:
+    """As a run has it: compiled, sharded."""
+    groups.init(1, on="cpu")
+    checkpoint, args = random_checkpoint(TINY | {"n_layers": layers}, torch.float32)
+    tuning_args, parallel = TuningArgs(**tuning), ParallelArgs(precision="fp32", compile=True, **flags)
+    model = build(checkpoint, args, tuning_args)
+    mark_trainable(model, tuning_args)
+    quantise(model, parallel)
+    materialise(model, checkpoint, parallel, 0)
+    return model.train()
+
+
+def step(model: Transformer, lengths: list[int], trains: bool = True) -> int:
+    """One forward, and backward when training; frames traced so far."""
+    tokens = torch.randint(3, TINY["vocab_size"], (1, sum(lengths)))
+    with torch.set_grad_enabled(trains):
+        loss, _, _ = model.train(trains)(tokens, labels=tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+        if trains:
+            loss.backward()
+    return counters["frames"]["total"]
+
+
+@pytest.mark.parametrize(
+    "tuning, flags, most",  # graphs: a layer in two parts, around the attention; twice where x first needs no gradient
+    [
+        ({}, {}, 10),
+        (LORA, {}, 15),
+        (LORA | {"lora_dropout": 0.1}, {"checkpointing": True, "quant": "nf4"}, 15),
+    ],
+    ids=["full", "lora", "lora with all"],
+)
+def test_two_steps_of_a_kind_compile_and_no_other(monkeypatch, tuning: dict, flags: dict, most: int) -> None:
+    with counted_compiler(monkeypatch) as counter:
+        model = model_of(2, tuning, **flags)
+        traced = [step(model, lengths) for lengths in PACKS]
+        assert 0 < traced[0] < traced[1] and traced[1:] == [traced[1]] * (len(PACKS) - 1), traced
+        assert counter.frame_count <= most, counter.frame_count
+
+        looks = [step(model, lengths, trains=False) for lengths in PACKS[:4]]  # validation, with graphs of its own
+        assert looks[1:] == [looks[1]] * 3, looks
+        assert step(model, PACKS[3]) == looks[-1], "training compiled anew after a validation"
+        alone = [step(model, [n]) for n in (30, 31, 17)]  # one document needs no bounds: attention joins the graph
+        assert alone == [alone[0]] * 3, alone
+        assert counter.frame_count <= most + 14, counter.frame_count
+
+
+def test_layers_share_their_graphs(monkeypatch) -> None:
+    found = []
+    for layers in (2, 5):
+        with counted_compiler(monkeypatch) as counter:
+            model = model_of(layers, LORA)
+            found.append(([step(model, lengths) for lengths in PACKS[:3]], counter.frame_count))
+    assert found[0] == found[1]
