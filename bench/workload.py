@@ -122,12 +122,12 @@ def adapter(directory: Path, sizes: dict[str, Any], base: str) -> str:
     return str(directory / "adapter")
 
 
-def flops_per_token(sizes: dict[str, Any], length: float, backward: int = 2) -> float:
+def flops_per_token(sizes: dict[str, Any], length: float, backward: int = 2, learnt: float = 1.0) -> float:
     """6 N + 3 A (backward 2) or, with a frozen base, 4 N + 3 A (backward 1): N the weights in products, the head's among them, A =
-    2 length dim layers, causal attention's forward."""
+    2 length dim layers, causal attention's forward. The head counts for the `learnt` share of the tokens only."""
     dim, ffn, layers = sizes["dim"], sizes["hidden_dim"], sizes["n_layers"]
     kv = dim * sizes["n_kv_heads"] // sizes["n_heads"]
-    weights = layers * (2 * dim * dim + 2 * dim * kv + 3 * dim * ffn) + sizes["vocab_size"] * dim
+    weights = layers * (2 * dim * dim + 2 * dim * kv + 3 * dim * ffn) + learnt * sizes["vocab_size"] * dim
     return 2 * (1 + backward) * weights + 3 * 2 * length * dim * layers
 
 

@@ -5,8 +5,8 @@ parallel throughout.
 
 Column-parallel wq wk wv w1 w3 output, row-parallel wo w2, vocab-parallel embedding: two all-reduces a layer forward, two
 backward; with `sequence_parallel` a reduce-scatter and an all-gather in the place of each, and between them, around the norms,
-x (B, T, D) is x (N/mp, D): this rank's share of the N = B T tokens. Built on the meta device, filled by `from_pretrained` or `init_weights`. With labels, the loss is computed inside
-`forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Qwen2 has biases on wq wk wv (`qkv_bias`), Qwen3 an RMSNorm
+x (B, T, D) is x (N/mp, D): this rank's share of the N = B T tokens. Built on the meta device, filled by `from_pretrained` or
+`init_weights`. With labels, the loss is computed inside `forward`, where FSDP's hooks are. Names and rotary layout are Meta's. Qwen2 has biases on wq wk wv (`qkv_bias`), Qwen3 an RMSNorm
 over each head of q and k before the rotary embedding (`qk_norm`). Proof: tests/unit/test_llama.py, tests/dist/test_parity.py,
 tests/dist/test_families.py.
 
@@ -134,7 +134,7 @@ class FeedForward(nn.Module):
         self.w2 = RowLinear(args.ffn_dim, args.dim, bias=args.mlp_bias)
         self.w3 = ColumnLinear(args.dim, args.ffn_dim, bias=args.mlp_bias)
 
-    def forward(self, x: Tensor, divided: bool, remade: Remade | None) -> Tensor:
+    def forward(self, x: Tensor, divided: bool = False, remade: Remade | None = None) -> Tensor:
         """As Attention's. `remade`: what is between the products is made again in backward."""
         gate, up = self.w1(x), self.w3(x)  # (B, T, F/mp)
         act = F.silu(gate)

@@ -37,7 +37,9 @@ def prepare(directory: Path, device: str) -> dict[str, Any]:
         "losses": 2,
         "lr": 1e-5,
         "sizes": sizes,
-        "flops_per_token": workload.flops_per_token(sizes, mean),
+        "flops_per_token": workload.flops_per_token(
+            sizes, mean, learnt=sum(a for _, a in LENGTHS) / mean / len(LENGTHS)
+        ),
         "gemms": workload.gemms(sizes, int(BATCH * mean)),
     }
 
