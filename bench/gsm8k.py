@@ -3,7 +3,7 @@
     python -m bench.gsm8k --part learn --pretrained_path DIR --gsm8k DIR [--steps 20] [--seeds 3]
     python -m bench.gsm8k --part pace --pretrained_path DIR --gsm8k DIR [--rounds 3]
 
-learn: main_finetune on the training questions (every weight, bf16, Alpaca's prompt, loss on the answers), 16 a step; validation on
+learn: main_finetune on the training questions (every weight, bf16, Alpaca's prompt, loss on the answers), 8 a step; validation on
 the first questions of the test set, before and after. No token is new, so nothing falls merely because it was never seen.
 pace: forward and backward of the same examples, packed as the loop packs them and padded to 512 in batches, one after the other;
 tokens of the examples a CPU second and a second. DIR of --gsm8k has train.jsonl and test.jsonl as published (or gsm8k_*.jsonl).
@@ -30,7 +30,7 @@ from accessory.train import objectives
 EXPECTED = (
     0.05  # least fall of the validation perplexity, worst seed, after 20 steps: written down before the first run
 )
-SEQUENCES, VALIDATED, LENGTH = 16, 128, 512
+SEQUENCES, VALIDATED, LENGTH = 8, 64, 512
 
 
 def write_data(gsm8k: str, directory: Path, rows: int | None = None) -> Path:

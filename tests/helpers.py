@@ -250,3 +250,13 @@ def gather_over_mp(tensor: torch.Tensor) -> list[torch.Tensor]:
     parts = [torch.empty_like(tensor) for _ in range(groups.mp_size())]
     torch.distributed.all_gather(parts, tensor.contiguous(), group=groups.mp_group())
     return parts
+
+
+def sharded_alone(model: torch.nn.Module) -> torch.nn.Module:
+    """FSDP over the one rank there is, where a run would leave it out: parameters become DTensors."""
+    from torch.distributed.fsdp import fully_shard
+
+    from accessory.parallel import groups
+
+    groups.ensure()
+    return fully_shard(model, mesh=groups.dp_mesh("fsdp"))

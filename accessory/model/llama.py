@@ -34,6 +34,7 @@ from accessory.parallel.layers import (
     gather_from_mp,
     gather_rows,
     gather_tokens,
+    linear,
     vocab_range,
 )
 from accessory.parallel.loss import linear_cross_entropy
@@ -185,7 +186,8 @@ class Block(nn.Module):
     ) -> Tensor:
         divided = x.dim() == 2
         h = self._entering(self.attention_norm, x, cos, remade)
-        x = x + self.attention(h, cos, sin, packed, cache, self.index, divided)
+        index = 0 if cache is None else self.index  # a number that is read would give every layer a graph of its own
+        x = x + self.attention(h, cos, sin, packed, cache, index, divided)
         h = self._entering(self.ffn_norm, x, cos, remade)
         return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
 
@@ -254,7 +256,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if labels is None:
             x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)
-            return gather_from_mp(F.linear(x, self.head))[..., : self.args.vocab_size]  # (B, T, V)
+            return gather_from_mp(linear(x, self.head))[..., : self.args.vocab_size]  # (B, T, V)
         return self._loss(x, labels, packed)
 
     @property

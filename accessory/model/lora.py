@@ -26,7 +26,7 @@ from accessory.config import flag
 from accessory.model import quant
 from accessory.model.args import TUNING_KEYS
 from accessory.model.lora_function import lora_linear
-from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear
+from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
 
 COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
 LINEARS = COLUMN + ROW
@@ -118,14 +118,14 @@ class LoRA:
     def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b: (.., in) -> (.., out) of this rank's slices."""
         if self.packed is None:
-            return F.linear(x, self.weight, bias)
+            return linear(x, self.weight, bias)
         y = quant.linear(x, self.weight, self.packed, self.table)
-        return y if bias is None else y + bias
+        return y if bias is None else y + bias.to(y.dtype)
 
     def low_rank(self, x: Tensor) -> Tensor:
         """s B A x: (.., in) -> (.., out) of this rank's slices."""
         x = F.dropout(x, self.lora_dropout, self.training)
-        return self.lora_b(self.lora_a(x)) * self.lora_scale
+        return linear(linear(x, self.lora_a.weight), self.lora_b.weight) * self.lora_scale
 
     def adapted(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b + s B A x, whether or not there is an adapter: (.., in) -> (.., out) of this rank's slices."""
@@ -227,11 +227,11 @@ def packed_weights(model: nn.Module) -> dict[str, LoRA]:
 
 def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
     """Adds what fine-tuning needs beside the checkpoint's weights, empty: adapters, and biases where there are none."""
-    for name, linear in linears(model):
+    for name, module in linears(model):
         if rank := tuning.rank_of(name):
-            linear.add_lora(rank, tuning.scale_of(name), tuning.lora_dropout)
-        if tuning.bias_tuning and linear.bias is None:
-            linear.bias = nn.Parameter(torch.empty(linear.weight.shape[0], device="meta"))
+            module.add_lora(rank, tuning.scale_of(name), tuning.lora_dropout)
+        if tuning.bias_tuning and module.bias is None:
+            module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))
 
 
 def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:

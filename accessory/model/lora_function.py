@@ -37,13 +37,13 @@ class _LoraLinear(torch.autograd.Function):
         packed: Packed | None,
     ) -> Tensor:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        h = _kept(x, mask).flatten(0, -2) @ a.t()  # (N, r)
+        h = _kept(x, mask).flatten(0, -2) @ a.to(x.dtype).t()  # (N, r)
         if mask is not None:
             h *= 1 / (1 - dropout)
         y = F.linear(x, _matrix(weight, packed, x.dtype))
-        y.flatten(0, -2).addmm_(h, b.t(), alpha=scale)
+        y.flatten(0, -2).addmm_(h, b.to(x.dtype).t(), alpha=scale)
         if bias is not None:
-            y += bias
+            y += bias.to(y.dtype)
         _, wants_weight, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_a or wants_weight else None, weight, a, b, h if wants_b else None, mask)
         ctx.scale, ctx.dropout, ctx.packed = scale, dropout, packed
@@ -53,6 +53,10 @@ class _LoraLinear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         x, weight, a, b, h, mask = ctx.saved_tensors
+        a, b = (
+            a.to(gradient.dtype),
+            b.to(gradient.dtype),
+        )  # as in forward; autograd gives a gradient its parameter's dtype
         wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
         g = gradient.flatten(0, -2)  # (N, out)
         low = (g @ b).mul_(ctx.scale / (1 - ctx.dropout))  # (N, r): dh
@@ -83,7 +87,7 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _matrix(weight: Tensor, packed: Packed | None, dtype: torch.dtype) -> Tensor:
-    return weight if packed is None else quant.dequantise(weight, *packed, dtype)
+    return weight.to(dtype) if packed is None else quant.dequantise(weight, *packed, dtype)
 
 
 def lora_linear(
@@ -96,6 +100,6 @@ def lora_linear(
     dropout: float = 0.0,
     packed: Packed | None = None,
 ) -> Tensor:
-    """(.., in) -> (.., out); `dropout` on the adapter's input, 0 outside training. All of one dtype, but for a packed W. Not for
-    autocast, which does not reach backward, nor for a second derivative. Under mp: of these slices, sums are the caller's."""
+    """(.., in) -> (.., out); `dropout` on the adapter's input, 0 outside training. All in x's dtype, to which parameters of
+    another are cast. Not for autocast, which does not reach backward, nor for a second derivative. Under mp: of these slices, sums are the caller's."""
     return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout, packed)

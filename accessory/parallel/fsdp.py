@@ -5,7 +5,8 @@
     ddp    every rank keeps all of its mp slice; only gradients travel                    most memory, least traffic
 
 The trained parameters are fp32 masters; the policy casts a layer's weights to the compute dtype when it gathers them and
-reduces gradients in fp32. Frozen weights are sharded too. World size 1 takes the same path.
+reduces gradients in fp32. Frozen weights are sharded too. Where there is one dp rank FSDP is left out (but for --cpu_offload):
+the layers cast the weights that they use (layers.linear), the dtype being that of what the embedding gives them.
 """
 
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch import nn
 
 from accessory.config import FALSE, TRUE, flag
 from accessory.parallel import groups
+from accessory.parallel.layers import VocabParallelEmbedding
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
 CHECKPOINTING = ("none", "selective", "full", "auto")
@@ -60,11 +62,23 @@ class ParallelArgs:
 
 def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
     """A function that shards one module over dp: each layer first, the whole model last. Every rank calls it alike."""
+    dtype = DTYPES[precision]
+    if (
+        groups.dp_size() == 1 and not cpu_offload
+    ):  # nothing to gather: FSDP would copy every weight, in and out, to itself
+
+        def alone(module: nn.Module) -> None:
+            for inner in module.modules():
+                if isinstance(inner, VocabParallelEmbedding):
+                    inner.compute_dtype = dtype  # the layers take that of what they are given
+
+        return alone
+
     # here, not above: half a second that --help need not wait
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     # cast_forward_inputs=False: its default would cast the fp32 rotary tables, and positions with them, to bf16
-    policy = MixedPrecisionPolicy(param_dtype=DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     offload = CPUOffloadPolicy() if cpu_offload and groups.device().type == "cuda" else OffloadPolicy()
     mesh = groups.dp_mesh(data_parallel)
 
@@ -81,7 +95,7 @@ def gradients_travel(model: nn.Module, data_parallel: str, last: bool) -> None:
     """Call before each micro batch: sdp and ddp add gradients up where they are and reduce once, with the last micro batch.
 
     fsdp reduces every time, or each rank would hold the unsharded gradients of the whole model."""
-    if data_parallel != "fsdp":
+    if data_parallel != "fsdp" and groups.dp_size() > 1:
         model.set_requires_gradient_sync(last)
 
 

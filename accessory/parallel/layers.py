@@ -98,6 +98,33 @@ def gather_rows(part: Tensor, rows: Tensor) -> Tensor:
     return _GatherTokens.apply(part[own])[place]
 
 
+class _CastLinear(torch.autograd.Function):
+    """x W^T with W, kept in another dtype, cast to x's; cast again in backward, so that no copy of a layer waits for it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight = ctx.needs_input_grad
+        x_grad = gradient @ weight.to(gradient.dtype) if wants_x else None
+        weight_grad = gradient.flatten(0, -2).t() @ x.flatten(0, -2) if wants_weight else None
+        return x_grad, weight_grad
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b in x's dtype, whatever that of the parameters: (.., in) -> (.., out). Their gradients come in their own."""
+    if weight.dtype == x.dtype:
+        return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
+    if torch.compiler.is_compiling():  # its partitioner casts again by itself
+        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+    y = _CastLinear.apply(x, weight)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
 @contextlib.contextmanager
 def _unallocated() -> Iterator[None]:
     """fairscale 0.4.13 makes the full, unsharded weight on every rank to slice it; this skips that."""
@@ -123,7 +150,7 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
         _to_meta(self)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
-        return F.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
@@ -136,16 +163,16 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in/mp) -> (.., out)
         y = reduce_from_mp(self.partial(x))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def divided(self, x: Tensor) -> Tensor:  # (B, T, in/mp) -> (N/mp, out)
         """y of this rank's share of the tokens, for sequence parallel. The bias's gradient is then an addend."""
         y = scatter_tokens(self.partial(x))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def partial(self, x: Tensor) -> Tensor:
         """This rank's addend of the product, before the sum over mp."""
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
@@ -157,6 +184,7 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         with _unallocated():
             super().__init__(padded_vocab(vocab_size), dim, init_method=lambda w: w)
         _to_meta(self)
+        self.compute_dtype: torch.dtype | None = None  # of what it gives; None: its weight's
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, D), replicated
         return reduce_from_mp(self.partial(tokens))
@@ -169,7 +197,7 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
         """The rows that this rank holds, zeros for the others: an addend."""
         outside = (tokens < self.vocab_start_index) | (tokens >= self.vocab_end_index)
         rows = F.embedding((tokens - self.vocab_start_index).masked_fill(outside, 0), self.weight)
-        return rows.masked_fill(outside.unsqueeze(-1), 0.0)
+        return rows.masked_fill(outside.unsqueeze(-1), 0.0).to(self.compute_dtype or rows.dtype)
 
 
 def padded_vocab(vocab_size: int) -> int:

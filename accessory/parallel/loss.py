@@ -23,6 +23,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int
     ) -> tuple[Tensor, Tensor]:
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         start = groups.mp_rank() * weight.shape[0]
         true = weight[: max(0, min(len(weight), vocab_size - start))]  # the rows below are padding, they take no part
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -53,7 +54,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 out = hidden_grad[first : first + rows]
                 torch.mm(gradient, true, out=out) if len(true) else out.zero_()
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -123,7 +123,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     """Summed negative log-likelihood of `targets` under softmax(hidden W^T), fp32, and how many targets were the argmax.
 
     hidden (N, D): replicated across mp and already through `copy_to_mp` (its gradient here is this rank's addend);
-    weight (ceil(V/mp), D): this rank's rows; targets (N,): global ids, every one a real label. Collective over mp: every mp
-    rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
+    weight (ceil(V/mp), D): this rank's rows, cast to hidden's dtype where it is another; targets (N,): global ids, every one
+    a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
     rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)

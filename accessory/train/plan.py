@@ -2,7 +2,7 @@
 
     weights + gradients + moments   exact: counted from the model (NF4 as it is held), cut over mp and dp; once more, without gradients, for the copy
                                     that is written while training goes on (in host memory: not counted on a GPU)
-    gathered layers                 what FSDP puts together at one moment, in the compute dtype
+    gathered layers                 what FSDP puts together at one moment, in the compute dtype; one weight without FSDP
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
                                     4 D + (4 D + 4 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
     the program itself              Python, torch, libraries: measured
@@ -54,6 +54,8 @@ def plan(
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
+    if groups.dp_size() == 1 and not parallel.cpu_offload:  # no FSDP: the largest weight, cast while it is used
+        gathered = 0 if compute == 4 else max(p.numel() for _, p in trained)
     kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel) for mode in SAVED}
     gigabytes = {
         "weights": (trained_count * 4 + frozen_bytes) / dp,

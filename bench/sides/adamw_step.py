@@ -40,8 +40,9 @@ def adamw(settings: dict, ps: list[nn.Parameter], gs: list[Tensor], **how):
 
 
 def ours(settings: dict, ps: list[nn.Parameter], gs: list[Tensor], sharded: bool = False):
+    from torch.distributed.fsdp import fully_shard
+
     from accessory.parallel import groups
-    from accessory.parallel.fsdp import sharder
     from accessory.parallel.grads import GradientRules
     from accessory.train import optim
 
@@ -50,7 +51,7 @@ def ours(settings: dict, ps: list[nn.Parameter], gs: list[Tensor], sharded: bool
     for i, p in enumerate(ps):
         model.register_parameter(f"p{i}", p)
     if sharded:
-        sharder("fsdp", "fp32")(model)
+        fully_shard(model, mesh=groups.dp_mesh("fsdp"))  # as on several ranks
         ps = list(model.parameters())
         from torch.distributed.tensor import DTensor
 

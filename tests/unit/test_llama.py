@@ -452,7 +452,9 @@ def test_checkpointing_changes_nothing_but_memory() -> None:
         loss.backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
         names.append([n for n, _ in model.named_parameters()])
-    assert names[0] == names[1] == names[2] and all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients))
+    assert names[0] == names[1] == names[2] and all(
+        torch.equal(a, b) and torch.equal(a, c) for a, b, c in zip(*gradients)
+    )
 
 
 # --- params.json ------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from accessory.parallel.grads import GradientRules
 from accessory.train import loop, lowbit, objectives, optim
 from accessory.train.lowbit import BLOCK, MOMENTS
 from accessory.train.state import TrainState
+from tests.helpers import sharded_alone
 
 STATES = ("bf16", "int8")
 
@@ -132,12 +133,7 @@ def test_a_second_moment_moves_at_a_large_beta2(states: str) -> None:
 def module(sharded: bool = False) -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 90), nn.LayerNorm(90), nn.Linear(90, 600, bias=False))  # 9000 = 35.2 blocks
-    if sharded:
-        from accessory.parallel import groups
-
-        groups.ensure()
-        sharder("fsdp", "fp32")(model)
-    return model
+    return sharded_alone(model) if sharded else model
 
 
 def args(states: str, **keys) -> optim.OptimArgs:

@@ -96,6 +96,7 @@ def test_base_dtype_is_kept_and_sums_are_in_fp32(base: Path) -> None:
 
 @pytest.mark.parametrize("format", ["meta", "hf"])
 def test_the_tool_gives_the_model_that_was_trained(tmp_path: Path, capsys, format: str, base: Path) -> None:
+    torch.manual_seed(0)
     tensors = adapter_tensors() | {"output.weight": torch.randn(53, 48), "norm.weight": torch.rand(48)}
     tensors |= {"layers.1.attention_norm.weight": torch.rand(48)}
     adapter = save(tmp_path / "adapter", tensors, terms(base, modules_to_save=["output"], norm_tuning=True))

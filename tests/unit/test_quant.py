@@ -306,7 +306,9 @@ def test_the_plan_counts_packed_bytes(precision: str) -> None:
     saved = plain["gigabytes"]["weights"] - nf4["gigabytes"]["weights"]
     assert saved * 1e9 == pytest.approx(2 * linear_weights - packed, abs=1)
     assert nf4["gigabytes"]["unpacked"] * 1e9 == pytest.approx(6 * 512 * 256)
-    assert nf4["gigabytes"]["gathered"] < plain["gigabytes"]["gathered"] / 2
+    assert (
+        nf4["gigabytes"]["gathered"] == plain["gigabytes"]["gathered"]
+    )  # one rank: the largest that is cast, an adapter's
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
