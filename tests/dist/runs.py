@@ -29,7 +29,7 @@ from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.state import TrainState
 from accessory.weights import TensorSource
-from tests.helpers import gather_over_mp, random_weights, tiny_args
+from tests.helpers import gather_over_mp, gathered, random_weights, tiny_args
 
 GROUP = 8  # sequences of an optimizer step, however they are divided
 EXAMPLES = 19  # so that the third window of an epoch is short
@@ -228,7 +228,7 @@ def differ(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
 
 def whole(args: ModelArgs, name: str, tensor: torch.Tensor) -> torch.Tensor:
     """The unsharded parameter, or gradient, gathered: true rows, each kv head once. Collective over the world."""
-    value, dim = tensor.detach().full_tensor(), shard_dim(name)
+    value, dim = gathered(tensor.detach()), shard_dim(name)
     if dim is None:
         return value
     parts = gather_over_mp(value)
@@ -265,7 +265,7 @@ def mp_copies_differ(run: Run) -> list[str]:
         copies = groups.mp_size() // kv_heads if kv_copied(name) else 1
         if shard_dim(name) is not None and copies <= 1:
             continue
-        parts = [t.view(torch.uint8) for t in gather_over_mp(parameter.detach().full_tensor())]  # NF4 has NaNs
+        parts = [t.view(torch.uint8) for t in gather_over_mp(gathered(parameter.detach()))]  # NF4 has NaNs
         sets = [parts]
         if shard_dim(name) is not None:
             sets = [parts[i : i + copies] for i in range(0, len(parts), copies)]

@@ -15,7 +15,7 @@ from accessory.parallel import groups
 from accessory.train import loop
 from tests.dist import runs
 from tests.dist.runs import Case
-from tests.helpers import gather_over_mp, run_ranks
+from tests.helpers import gather_over_mp, gathered, run_ranks
 
 LAYOUTS = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 KINDS = {
@@ -73,7 +73,7 @@ def load_states(cases: list[Case], paths: list[Path]) -> list[dict[str, torch.Te
 def check_padding(run: runs.Run) -> None:
     for name in ("tok_embeddings.weight", "output.weight"):
         if name in dict(run.model.named_parameters()):
-            whole = gather_over_mp(run.model.get_parameter(name).detach().full_tensor())
+            whole = gather_over_mp(gathered(run.model.get_parameter(name).detach()))
             assert not torch.cat(whole)[run.case.args.vocab_size :].any(), name
 
 

@@ -21,7 +21,7 @@ from accessory.parallel import groups
 from accessory.train.state import TrainState
 from tests.dist import runs
 from tests.dist.runs import Case
-from tests.helpers import run_ranks
+from tests.helpers import gathered, run_ranks
 
 # --- what is loaded is what was saved ---------------------------------------------------------------------------------
 
@@ -108,12 +108,12 @@ def saved_in_one_mode_loaded_in_another(directory: Path) -> list[str]:
     case, wrong = Case(2, 2, "full", heads="12/1", cut=(2, 2)), []
     run = runs.prepare(case)
     runs.train(run, steps=2, saver=runs.saver(run, directory))
-    wholes = {n: p.full_tensor().clone() for n, p in run.model.named_parameters()}
-    moments = {n: run.optimizer.state[p]["exp_avg_sq"].full_tensor().clone() for n, p in run.model.named_parameters()}
+    wholes = {n: gathered(p).clone() for n, p in run.model.named_parameters()}
+    moments = {n: gathered(run.optimizer.state[p]["exp_avg_sq"]).clone() for n, p in run.model.named_parameters()}
     for mode in ("sdp", "ddp"):
         other = runs.resumed(Case(**{**vars(case), "data_parallel": mode}), directory / "latest")
-        wrong += [n for n, p in other.model.named_parameters() if not torch.equal(p.full_tensor(), wholes[n])]
-        found = {n: other.optimizer.state[p]["exp_avg_sq"].full_tensor() for n, p in other.model.named_parameters()}
+        wrong += [n for n, p in other.model.named_parameters() if not torch.equal(gathered(p), wholes[n])]
+        found = {n: gathered(other.optimizer.state[p]["exp_avg_sq"]) for n, p in other.model.named_parameters()}
         wrong += runs.differ(found, moments)
     return wrong
 
