@@ -5,7 +5,7 @@
 
 learn: main_finetune on the training questions (every weight, bf16, Alpaca's prompt, loss on the answers), 8 a step; validation on
 the first questions of the test set, before and after. No token is new, so nothing falls merely because it was never seen.
-pace: forward and backward of the same examples, packed as the loop packs them and padded to 512 in batches, one after the other;
+pace: forward and backward of the same examples, question and answer alone, packed as the loop packs them and padded to 512 in batches, one after the other;
 tokens of the examples a CPU second and a second. DIR of --gsm8k has train.jsonl and test.jsonl as published (or gsm8k_*.jsonl).
 """
 
@@ -71,7 +71,8 @@ def learn(pretrained_path: str, gsm8k: str, steps: int, seeds: int) -> None:
 
 def pace(pretrained_path: str, gsm8k: str, rounds: int) -> None:
     with tempfile.TemporaryDirectory() as name:
-        data = DataArgs(data_config=str(write_data(gsm8k, Path(name), rows=400)), max_seq_len=LENGTH)
+        config = str(write_data(gsm8k, Path(name), rows=400))
+        data = DataArgs(data_config=config, max_seq_len=LENGTH, template="none")
         train_set, _ = load_sft(data, Tokenizer.open(pretrained_path), 0)
         model = load(pretrained_path, dtype=torch.bfloat16)
         model.train()
@@ -117,7 +118,7 @@ def step(model: torch.nn.Module, batch) -> tuple[float, float, float]:
     after = resource.getrusage(resource.RUSAGE_SELF)
     model.zero_grad(set_to_none=True)
     cpu = after.ru_utime + after.ru_stime - used.ru_utime - used.ru_stime
-    return time.perf_counter() - start, cpu, float(loss)
+    return time.perf_counter() - start, cpu, float(loss.detach())
 
 
 def main(*, part: str, pretrained_path: str, gsm8k: str, steps: int = 20, seeds: int = 3, rounds: int = 3) -> None:

@@ -9,4 +9,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}               # several ranks share
 export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1       # the reference implementations ask nobody
 
 "$python" -m ruff check .
-"$python" -m pytest --durations=15 --durations-min=2 "$@"
+slow=(--durations=15 --durations-min=2)
+if [ $# -gt 0 ]; then exec "$python" -m pytest "${slow[@]}" "$@"; fi
+failed=0                                                   # unit tests two at a time; those with ranks of their own one by one
+"$python" -m pytest -n 2 --dist loadfile "${slow[@]}" tests/unit tests/test_layering.py || failed=$?
+"$python" -m pytest "${slow[@]}" tests/dist tests/e2e tests/gpu || failed=$?
+exit "$failed"
