@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from accessory.weights import owned_slice
+from accessory.weights import owned_slice, sliced
 
 MAPPED_LIMIT = 256 * 2**20  # bytes of mapped pages after which a file is closed and mapped anew
 HEADER_LIMIT = 10 * 2**20  # of a safetensors file; real ones are below 1 MiB
@@ -51,10 +51,15 @@ class TorchFile:
         return self._meta[name][1]
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self.view(name, dim, start, stop).clone(memory_format=torch.contiguous_format)
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """As `read`, but of the mapped file itself, for who copies it at once: it keeps the file mapped."""
         if self._tensors is None:
             self._tensors = self._map()
-        out = owned_slice(self._tensors[name], dim, start, stop)
-        self._read_bytes += self._tensors[name].nbytes if dim else out.nbytes  # a slice of columns touches every page
+        whole = self._tensors[name]
+        out = sliced(whole, dim, start, stop)
+        self._read_bytes += whole.nbytes if dim else out.nbytes  # a slice of columns touches every page
         if self._read_bytes > MAPPED_LIMIT:
             self._tensors, self._read_bytes = None, 0
         return out

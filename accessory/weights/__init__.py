@@ -79,6 +79,9 @@ class Renamed:
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         return self.source.read(self.map[name], dim, start, stop)
 
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return getattr(self.source, "view", self.source.read)(self.map[name], dim, start, stop)
+
 
 class Overlay:
     """Two sources as one: what `top` has wins over `base`."""
@@ -105,11 +108,16 @@ class Overlay:
 
 def owned_slice(tensor: Tensor, dim: int | None, start: int, stop: int | None) -> Tensor:
     """A contiguous copy of tensor[start:stop) on `dim`, so that no view keeps a file mapped or a big storage alive."""
-    if dim is not None:
-        stop = tensor.shape[dim] if stop is None else stop
-        assert 0 <= start <= stop <= tensor.shape[dim], f"slice [{start}:{stop}) of {tuple(tensor.shape)} on dim {dim}"
-        tensor = tensor.narrow(dim, start, stop - start)
-    return tensor.clone(memory_format=torch.contiguous_format)
+    return sliced(tensor, dim, start, stop).clone(memory_format=torch.contiguous_format)
+
+
+def sliced(tensor: Tensor, dim: int | None, start: int, stop: int | None) -> Tensor:
+    """A view of tensor[start:stop) on `dim`."""
+    if dim is None:
+        return tensor
+    stop = tensor.shape[dim] if stop is None else stop
+    assert 0 <= start <= stop <= tensor.shape[dim], f"slice [{start}:{stop}) of {tuple(tensor.shape)} on dim {dim}"
+    return tensor.narrow(dim, start, stop - start)
 
 
 def is_lora(name: str) -> bool:

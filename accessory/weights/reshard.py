@@ -89,10 +89,11 @@ class Merged:
         for shard, size in self._pieces(name):
             low, high = max(first - offset, 0), min(last - offset, size)
             if low < high:
-                piece = shard.read(name, dim, start, stop) if dim is not None else shard.read(name, split_on, low, high)
+                part = (dim, start, stop) if dim is not None else (split_on, low, high)
                 if at == 0 and high - low == last - first:
-                    return piece
-                out.narrow(split_on, at, high - low).copy_(piece)
+                    return shard.read(name, *part)
+                view = getattr(shard, "view", shard.read)(name, *part)  # a file's own pages where it has them: one copy
+                out.narrow(split_on, at, high - low).copy_(view)
                 at += high - low
             offset += size
         assert at == last - first, f"{name}: gathered {at} of {last - first}"
