@@ -102,10 +102,8 @@ def gradients_travel(model: nn.Module, data_parallel: str, last: bool) -> None:
 def reshard(model: nn.Module) -> None:
     """Back to this rank's parts after a forward without a backward, which leaves the embedding and the head gathered, under sdp
     and ddp every layer too: parameters are then not those that the optimizer and a checkpoint know."""
-    from torch.distributed.fsdp import FSDPModule
-
     for module in model.modules():
-        if isinstance(module, FSDPModule):
+        if hasattr(module, "reshard"):  # FSDP's own, which is not imported where there is one rank
             module.reshard()
 
 

@@ -54,8 +54,11 @@ def plan(
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
-    if groups.dp_size() == 1 and not parallel.cpu_offload:  # no FSDP: the largest weight, cast while it is used
-        gathered = 0 if compute == 4 else max(p.numel() for _, p in trained)
+    if groups.dp_size() == 1 and not parallel.cpu_offload:  # no FSDP: the largest weight that is cast while it is used
+        sizes = [(p.numel(), 4) for _, p in trained] + [
+            (p.numel(), held.get(n, 4)) for n, p in frozen if n not in packed
+        ]
+        gathered = max((count for count, size in sizes if size != compute), default=0)
     kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel) for mode in SAVED}
     gigabytes = {
         "weights": (trained_count * 4 + frozen_bytes) / dp,
@@ -70,18 +73,18 @@ def plan(
         else 0,  # the copy that is being saved
         "program": PROGRAM_GB * 1e9 if groups.device().type == "cpu" else 0,
     }
-    free, mode = free_bytes(), parallel.checkpointing
+    free, mode = None, parallel.checkpointing
     if mode == "auto":
-        mode = fitting(
-            kept, FILLED * free - sum(v for k, v in gigabytes.items() if k != "program")
-        )  # which is there already
+        free = free_bytes()
+        others = sum(v for k, v in gigabytes.items() if k != "program")  # which is there already
+        mode = fitting(kept, FILLED * free - others)
     gigabytes["activations"] = kept[mode]
     totals = whole_counts(model, trained)
     report = train_set.report
     return {
         "parameters": totals[0], "trained": totals[1], "trained_names": kinds([n for n, _ in trained]),
         "mp": groups.mp_size(), "dp": groups.dp_size(), "data_parallel": parallel.data_parallel, "precision": parallel.precision,
-        "checkpointing": mode, "auto": parallel.checkpointing == "auto", "free": free / 1e9, "sequence_parallel": parallel.sequence_parallel,
+        "checkpointing": mode, "free": free, "sequence_parallel": parallel.sequence_parallel,
         "gigabytes": {k: v / 1e9 for k, v in gigabytes.items()}, "steps": max_steps, "warmup": optim_args.warmup(max_steps),
         "sequences_per_step": loop_args.sequences_per_step(groups.dp_size()), "largest_micro_batch": tokens,
         "tokens_per_epoch": report.tokens, "supervised_per_epoch": report.supervised_tokens,
@@ -120,19 +123,24 @@ def fitting(kept: dict[str, float], room: float) -> str:
 
 
 def free_bytes() -> float:
-    """Memory of this rank's device that nobody has taken. On CPU its share of what the machine, and a container, still has."""
+    """Memory of this rank's device that nobody has taken. On CPU its share of what the machine, and a container, still has.
+    ValueError where that cannot be read."""
     device = groups.device()
     if device.type == "cuda":
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + reserved
-    free, root = float("inf"), Path("/sys/fs/cgroup")
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = next(float(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
-        files = next(int(x.split()[1]) for x in (root / "memory.stat").open() if x.startswith("inactive_file"))
-        free = min(free, int((root / "memory.max").read_text()) - int((root / "memory.current").read_text()) + files)
-    except (OSError, ValueError, StopIteration):  # no Linux, or no limit ("max")
-        pass
+    except (OSError, StopIteration):
+        raise ValueError(
+            "--checkpointing auto: the free memory of this system cannot be read: choose none, selective or full"
+        ) from None
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.is_file() and (most := limit.read_text().strip()) != "max":  # a container's
+        stat = dict(line.split() for line in limit.with_name("memory.stat").read_text().splitlines())
+        used = int(limit.with_name("memory.current").read_text()) - int(stat["inactive_file"])
+        free = min(free, int(most) - used)
     return free / int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
@@ -174,8 +182,8 @@ def lines(figures: dict[str, Any]) -> list[str]:
         f"layout: model parallel {figures['mp']}{' with sequence parallel' if figures['sequence_parallel'] else ''} x data parallel {figures['dp']} ({figures['data_parallel']}), {figures['precision']}",
         f"memory per rank: about {sum(gb.values()):.2f} GB at the peak ({parts}) with a micro batch of {figures['largest_micro_batch']} tokens",
         *(
-            [f"checkpointing: {figures['checkpointing']}, chosen for {figures['free']:.2f} GB of free memory"]
-            if figures["auto"]
+            [f"checkpointing: {figures['checkpointing']}, chosen for {figures['free'] / 1e9:.2f} GB of free memory"]
+            if figures["free"] is not None
             else []
         ),
         f"steps: {figures['steps']} of {figures['sequences_per_step']} sequences (warm-up {figures['warmup']}); an epoch is {figures['tokens_per_epoch']:,} tokens, {figures['supervised_per_epoch']:,} with loss",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import measure
+
 IGNORED = -100
 
 
@@ -66,3 +68,10 @@ def unit_of(
             losses.append(step(next(stream)).detach())
 
     return unit
+
+
+def run(data: dict[str, Any], step: Callable, losses: list[Tensor], device: str, loaded: float) -> None:
+    """Times a peer's training and reports it; `step` and `losses` as above, `loaded`: MB before the first step."""
+    timed = measure.timed(unit_of(data, step, losses), data["warmup"], data["units"], device)
+    compared = [float(x) for x in losses[: data["losses"]]]
+    measure.report(loss=compared, tokens=tokens_per_unit(data), more={"loaded_mb": loaded}, **timed)

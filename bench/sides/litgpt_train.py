@@ -105,13 +105,7 @@ def main() -> None:
         optimizer.zero_grad(set_to_none=True)
         return loss if told is None else told
 
-    timed = measure.timed(batches.unit_of(data, step, losses), data["warmup"], data["units"], device)
-    measure.report(
-        loss=[float(x) for x in losses[: data["losses"]]],
-        tokens=batches.tokens_per_unit(data),
-        more={"loaded_mb": loaded},
-        **timed,
-    )
+    batches.run(data, step, losses, device, loaded)
 
 
 if __name__ == "__main__":

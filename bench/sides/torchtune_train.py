@@ -88,13 +88,7 @@ def main() -> None:
         return loss
 
     losses: list[Tensor] = []
-    timed = measure.timed(batches.unit_of(data, step, losses), data["warmup"], data["units"], device)
-    measure.report(
-        loss=[float(x) for x in losses[: data["losses"]]],
-        tokens=batches.tokens_per_unit(data),
-        more={"loaded_mb": loaded},
-        **timed,
-    )
+    batches.run(data, step, losses, device, loaded)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from torch import nn
 
 from accessory.data.sft import Example
 from accessory.parallel import groups
-from accessory.parallel.fsdp import sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, optim, profile
 from accessory.train.profile import Phases, Profile
@@ -39,7 +38,6 @@ def run(
 ) -> nn.Module:
     groups.ensure()
     model = Slow()
-    sharder("fsdp", "fp32")(model)
     log = SimpleNamespace(start_bar=lambda step: None, step=lambda *_: None, write=lambda record: None)
 
     def evaluate() -> dict[str, float]:

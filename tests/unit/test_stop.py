@@ -20,7 +20,6 @@ from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.lora import partial_grad
 from accessory.parallel import groups
-from accessory.parallel.fsdp import sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
 from accessory.train.start import RunArgs
@@ -61,7 +60,6 @@ class Play:
     def go(self, best: int = 0, keep_last: int | None = 1, sigterm_at: int = 10**9, **flags: Any) -> TrainState:
         """From the newest checkpoint on, until it ends or SIGTERM comes within step `sigterm_at`."""
         model, state = NoTransformer(), self.newest()
-        sharder("fsdp", "fp32")(model)
         optimizer = optim.adamw(model, optim.OptimArgs())
         args = loop.LoopArgs(**{"batch_size": 1} | self.flags | flags)
 
