@@ -28,6 +28,7 @@ from .sft import Example, ordered_map, rng
 Item = Example | list[Example]
 IGNORED = -100  # a label that is no target
 FILLER = Example(np.zeros(2, np.int32), 2)
+AT_ONCE = 2048  # tokens that `first_batches` puts together
 
 
 class Batch(NamedTuple):
@@ -81,8 +82,7 @@ def train_windows(
         micro_batches(sequences_per_step, batch_size, dp_size),
     )
     assert 0 <= start_window <= total, (start_window, total)
-    own = getattr(dataset, "epoch_order", None)
-    perm = own(seed, epoch) if own else rng(seed, epoch).permutation(len(dataset))
+    perm = order(dataset, seed, epoch)
 
     def window(w: int) -> Window:
         places = range(w * sequences_per_step, min((w + 1) * sequences_per_step, len(dataset)))
@@ -92,11 +92,34 @@ def train_windows(
         return Window(
             micro_batches=[collate([items[k] for k in c] or [FILLER]) for c in cells],
             num_tokens=sum(num_targets(e) for e in items),
-            num_all_tokens=sum(len(e.ids) for item in items for e in parts(item)),
+            num_all_tokens=sum(num_tokens(item) for item in items),
             sample_ids=[ids[k] for c in cells for k in c],
         )
 
     return ordered_map(window, range(start_window, total), num_workers)
+
+
+def order(dataset: Sequence[Item], seed: int, epoch: int) -> Sequence[int]:
+    """Of each place in the epoch, the number of its item."""
+    own = getattr(dataset, "epoch_order", None)
+    return own(seed, epoch) if own else rng(seed, epoch).permutation(len(dataset))
+
+
+def first_batches(dataset: Sequence[Item], tokens: int, *, seed: int, dp_rank: int, dp_size: int) -> list[Batch]:
+    """The first items of a run, at least so many tokens of them or the whole data set, dealt out over dp one by one; on each
+    rank in batches of AT_ONCE tokens or a little more."""
+    perm, batches, items = order(dataset, seed, 0), [], []
+    for place in range(len(dataset)):
+        if tokens <= 0:
+            break
+        item = dataset[int(perm[place])]
+        tokens -= num_tokens(item)
+        if place % dp_size == dp_rank:
+            items.append(item)
+        if sum(num_tokens(i) for i in items) >= AT_ONCE:
+            batches.append(collate(items))
+            items = []
+    return batches + ([collate(items)] if items else [])
 
 
 def eval_batches(dataset: Sequence[Item], *, eval_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
@@ -121,6 +144,10 @@ def parts(item: Item) -> list[Example]:
 def num_targets(item: Item) -> int:
     """Tokens that a loss is computed on: what an example has learnt, never a sequence's first."""
     return sum(int(e.learnt().sum()) for e in parts(item))
+
+
+def num_tokens(item: Item) -> int:
+    return sum(len(e.ids) for e in parts(item))
 
 
 def collate(items: list[Item]) -> Batch:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from accessory.model.args import ModelArgs, read_params
+from accessory.model.calibrate import Calibration
 from accessory.model.llama import Transformer, global_shape, local_range, pad_rows, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, initial_value, linears, packed_weights
 from accessory.model.quant import Layout, pack, tables
@@ -31,19 +32,23 @@ def load(
     device: torch.device | str | None = None,
     llama_config: Sequence[str | Path] = (),
     base: str | Path | None = None,
+    mapped: bool = True,
 ) -> Transformer:
     """A model for inference or research, in eval mode: Meta, Accessory, Hugging Face, GGUF, an adapter saved by a run, or
     several laid over each other: a list, or "a,b,c" (checkpoint/lists.py).
 
     Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
     logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU. base: where an adapter's
-    base is, when it is no longer where its adapter.json says.
+    base is, when it is no longer where its adapter.json says. mapped: on the CPU, weights that a file holds as they are
+    wanted stay pages of that file, read when they are used and given back when memory is short. To change them changes no
+    file; a file that is written over or cut while the model lives changes the model, or ends the process with SIGBUS (one
+    that is deleted, or replaced by another of its name, does not). False copies all.
     Raises ValueError naming file and key for anything that does not fit."""
     groups.init(model_parallel_size, on=device)
     checkpoint, args = open_pretrained(path, pretrained_type, llama_config, base)
     model = build(checkpoint, args, carried_tuning(checkpoint))
     dtype = dtype or checkpoint.source.dtype("tok_embeddings.weight")
-    fill(model, checkpoint, dtype_of=lambda name: dtype, device=groups.device())
+    fill(model, checkpoint, dtype_of=lambda name: dtype, device=groups.device(), mapped=mapped)
     return model.eval()
 
 
@@ -162,21 +167,28 @@ def fill(
     seed: int = 0,
     after_block: Callable[[nn.Module], None] | None = None,
     show_progress: bool = False,
+    calibrate_on: Sequence[Any] | None = None,
+    mapped: bool = False,
 ) -> None:
     """Reads this rank's slice of every parameter, one at a time. dtype_of(name): None keeps the file's. Where `quantise` was
-    called it is collective over mp.
+    called it is collective over mp, with `calibrate_on`, batches of this dp rank whose tokens decide how weights are rounded
+    (calibrate.py), over all ranks.
 
-    `after_block(layer)` is called once a layer is full, so that it can be sharded over dp before the next one is read."""
+    `after_block(layer)` is called once a layer is full, so that it can be sharded over dp before the next one is read.
+    `mapped`: on the CPU, what the file holds as it is wanted is not copied, see `load`."""
     from tqdm import tqdm
 
-    source, known = checkpoint.source, set(checkpoint.source.names())
+    source, known, pages = checkpoint.source, set(checkpoint.source.names()), set[int]()
     packed, table = packed_weights(model), tables(device)
+    calibration: Calibration | None = None
 
     def fill_packed(name: str) -> None:
         linear, storage = packed[name], model.get_parameter(name).dtype
         dim, start, stop = local_range(model.args, name)
         start, stop = (start, stop) if dim == 0 else linear.packed.needed_columns
         value = source.read(name, dim, start, stop).to(device)
+        if calibration is not None:
+            return calibration.hold(linear, value)  # it is packed when all of its layer is there
         set_parameter(model, name, pack(value, linear.packed, storage))
         linear.table = table
 
@@ -185,22 +197,37 @@ def fill(
             return fill_packed(name)
         if name in known:
             dim, start, stop = local_range(model.args, name)
-            value = source.read(name) if dim is None else source.read(name, dim, start, stop)
+            value = read(name, *((dim, start, stop) if dim is not None else ()))
             value = pad_rows(value, model.get_parameter(name).shape)
         else:
             value = initial_value(model, name, seed)
-        set_parameter(model, name, value.to(device=device, dtype=dtype_of(name) or value.dtype))
+        set_parameter(model, name, value.to(device=device, dtype=dtype_of(name) or value.dtype).contiguous())
+
+    def read(name: str, *part: Any) -> torch.Tensor:
+        """A copy, but of what may stay where it is: in no file twice, or two parameters would be one."""
+        wanted, before = dtype_of(name) or source.dtype(name), len(pages)
+        if mapped and torch.device(device).type == "cpu" and wanted == source.dtype(name):
+            value = getattr(source, "view", source.read)(name, *part)
+            pages.add(value.data_ptr())
+            if len(pages) > before:
+                return value
+        return source.read(name, *part)
 
     names = [n for n, _ in model.named_parameters()]
     with tqdm(total=len(names), desc="loading weights", unit="tensor", disable=not show_progress, leave=False) as bar:
+        for name in (n for n in names if not n.startswith("layers.")):
+            fill_one(name)
+            bar.update()
+        if packed and calibrate_on is not None:
+            bar.set_description("loading and calibrating")
+            calibration = Calibration(model, calibrate_on)
         for index, layer in enumerate(model.layers):
             for name in [f"layers.{index}.{n}" for n, _ in layer.named_parameters()]:
                 fill_one(name)
                 bar.update()
+            if calibration is not None:
+                calibration.pack_layer(layer, table)
             if after_block:
                 after_block(layer)
-        for name in (n for n in names if not n.startswith("layers.")):
-            fill_one(name)
-            bar.update()
     left = [n for n, p in model.named_parameters() if p.is_meta]
     assert not left, f"never filled: {left[:3]}"

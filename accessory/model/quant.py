@@ -1,14 +1,14 @@
 """NF4 weights with double quantisation (QLoRA, Dettmers et al. 2023), as bitsandbytes computes them, in plain torch.
 
-    W (out, in)      rows in blocks of 64:  code = nearest of 16 levels to W / absmax, two codes a byte      4     bits a weight
-    absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.125
-    mean, scales     fp32                                                                                    0.002
+    W (out, in)      rows in blocks of 32:  code = nearest of 16 levels to W / absmax, two codes a byte      4     bits a weight
+    absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.25
+    mean, scales     fp32                                                                                    0.004
 
     one flat tensor   [ mean, scales | codes of absmax | codes of W | padding to 4 bytes ]     seen as numbers of `storage`
 
-`pack` makes it of a rank's slice, `dequantise` gives the slice back, `linear` computes x W^T and keeps only the packed
-bytes for backward. Blocks lie as they do in the whole matrix, and mean and scales are the whole's: every mp size holds the very
-same numbers. `storage` is the compute dtype, because FSDP gathers a parameter of that dtype as it is (one of whole numbers it
+`pack` makes it of a rank's slice, each weight to its nearest level unless calibrate.py chooses better; `dequantise` gives the
+slice back, `linear` computes x W^T and keeps only the packed bytes for backward. Blocks lie as they do in the whole matrix, and
+mean and scales are the whole's: every mp size holds the very same numbers. `storage` is the compute dtype, because FSDP gathers a parameter of that dtype as it is (one of whole numbers it
 refuses before torch 2.13, any other it casts).
 
 Shapes: rows, columns of this rank's slice; blocks: those that the slice touches, of one row. Test: tests/unit/test_quant.py,
@@ -16,6 +16,7 @@ tests/dist/test_quant.py.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.parallel import groups
 
-BLOCK, GROUP = 64, 256  # weights that share an absmax; absmaxes that share a scale
+BLOCK, GROUP = 32, 256  # weights that share an absmax (bitsandbytes' default is 64); absmaxes that share a scale
 AT_ONCE = 2**24  # weights that are packed in one go
 NF4_LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with a true zero: appendix E of the paper
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -94,31 +95,46 @@ def tables(device: torch.device | str) -> tuple[Tensor, Tensor]:
     return pairs.to(device), torch.tensor(dynamic_levels()).to(device)
 
 
-def pack(weight: Tensor, layout: Layout, storage: torch.dtype) -> Tensor:
+# (weight (rows, columns), absmax (rows, blocks) as it is kept) -> codes (rows, blocks * 32)
+Rounding = Callable[[Tensor, Tensor], Tensor]
+
+
+def pack(weight: Tensor, layout: Layout, storage: torch.dtype, rounding: Rounding | None = None) -> Tensor:
     """The flat packed tensor, `layout.nbytes` long, of a slice: weight (rows, stop - start) has `layout.needed_columns`.
 
-    Collective over mp: every rank of the group calls it with its slice of the same matrix."""
+    rounding: what chooses the levels; None: the nearest, of the exact absmax, as bitsandbytes does. Collective over mp: every
+    rank of the group calls it with its slice of the same matrix."""
     start, stop = layout.needed_columns
     assert weight.shape == (layout.rows, stop - start), (tuple(weight.shape), layout)
     parts = weight.split(max(1, AT_ONCE // max(1, weight.shape[1])))
     absmax = torch.cat([_blocks(part).abs().amax(-1) for part in parts])  # (rows, blocks)
-    codes = [_nearest(_blocks(p) * _inverse(a).unsqueeze(-1), NF4_LEVELS) for p, a in zip(parts, _like(absmax, parts))]
-    packed = torch.cat([(c.view(-1, 2)[:, 0] << 4) | c.view(-1, 2)[:, 1] for c in codes])
     head, absmax_codes = _quantise_absmax(absmax, layout)
+    if rounding is None:
+        codes = (
+            _nearest(_blocks(p) * inverse(a).unsqueeze(-1), NF4_LEVELS) for p, a in zip(parts, _like(absmax, parts))
+        )
+    else:
+        kept = _absmax(head, absmax_codes, layout, torch.tensor(dynamic_levels(), device=weight.device))
+        codes = [rounding(weight, kept)]
+    packed = torch.cat([_paired(c.reshape(-1, 2)) for c in codes])
     data = torch.cat((head.view(torch.uint8), absmax_codes.flatten(), packed))
     return F.pad(data, (0, layout.nbytes - data.numel())).view(storage)
 
 
 def _blocks(rows: Tensor) -> Tensor:
-    """(rows, columns) -> (rows, blocks, 64) fp32, a short last block filled with zeros."""
+    """(rows, columns) -> (rows, blocks, 32) fp32, a short last block filled with zeros."""
     return F.pad(rows.float(), (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+
+
+def _paired(codes: Tensor) -> Tensor:
+    return (codes[:, 0] << 4) | codes[:, 1]
 
 
 def _like(absmax: Tensor, parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return absmax.split([len(part) for part in parts])
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
     """1 / scale; 0 for a block of zeros."""
     return torch.where(scale > 0, 1 / scale, 0.0)
 
@@ -139,12 +155,19 @@ def _quantise_absmax(absmax: Tensor, layout: Layout) -> tuple[Tensor, Tensor]:
     mean = whole.double().mean().float()  # in fp64: the same whatever the order of the sum
     grouped = F.pad((whole - mean).flatten(), (0, -whole.numel() % GROUP)).view(-1, GROUP)
     scales = grouped.abs().amax(-1)
-    codes = _nearest(grouped * _inverse(scales).unsqueeze(-1), dynamic_levels())
+    codes = _nearest(grouped * inverse(scales).unsqueeze(-1), dynamic_levels())
     return torch.cat((mean.view(1), scales)), codes.flatten()[: whole.numel()].view_as(whole)[mine]
 
 
 def _columns(layout: Layout) -> slice:
     return slice(layout.first_block, layout.first_block + layout.blocks)
+
+
+def _absmax(head: Tensor, codes: Tensor, layout: Layout, levels: Tensor) -> Tensor:
+    """Scales (rows, blocks) of a slice, as they are kept."""
+    spread = head[1:].unsqueeze(1).expand(-1, GROUP).reshape(-1)[: layout.all_rows * layout.row_blocks]
+    scales = spread.view(layout.all_rows, -1)[layout.first_row : layout.first_row + layout.rows, _columns(layout)]
+    return levels[codes.int()] * scales + head[0]
 
 
 def dequantise(packed: Tensor, layout: Layout, table: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
@@ -155,9 +178,7 @@ def dequantise(packed: Tensor, layout: Layout, table: tuple[Tensor, Tensor], dty
     head, codes = data[:at].view(torch.float32), data[at : at + rows * blocks].view(rows, blocks)
     at += rows * blocks
     weights = data[at : at + rows * blocks * BLOCK // 2]
-    spread = head[1:].unsqueeze(1).expand(-1, GROUP).reshape(-1)[: layout.all_rows * layout.row_blocks]
-    scales = spread.view(layout.all_rows, -1)[layout.first_row : layout.first_row + rows, _columns(layout)]
-    absmax = levels[codes.int()] * scales + head[0]  # (rows, blocks)
+    absmax = _absmax(head, codes, layout, levels)
     values = F.embedding(weights.int(), pairs).view(rows, blocks, BLOCK)
     values = values.mul_(absmax.unsqueeze(-1)).to(dtype).view(rows, -1)
     skip = layout.first_column - layout.first_block * BLOCK

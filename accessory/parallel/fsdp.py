@@ -50,6 +50,11 @@ class ParallelArgs:
     quant: str | None = flag(
         None, "hold the layers' frozen linears in 4 bits (QLoRA): a quarter of their memory", choices=("nf4",)
     )
+    calibration_tokens: int | None = flag(
+        None,
+        "with quant: so many training tokens decide how weights are rounded (GPTQ); none: four for each input of the widest "
+        "linear; 0: each to its nearest level, which is at once and worse",
+    )
 
     def __post_init__(self) -> None:
         given = str(self.checkpointing).lower()  # "none" arrives as None
@@ -57,6 +62,12 @@ class ParallelArgs:
         if self.checkpointing not in CHECKPOINTING:
             raise ValueError(
                 f"--checkpointing {given}: choose one of {', '.join(CHECKPOINTING)}, true (full), false (none)"
+            )
+        if self.calibration_tokens is not None and self.calibration_tokens < 0:
+            raise ValueError(f"--calibration_tokens {self.calibration_tokens}: 0 or more")
+        if self.calibration_tokens and self.quant is None:
+            raise ValueError(
+                f"--calibration_tokens {self.calibration_tokens} is for --quant nf4: add it, or leave it out"
             )
 
 

@@ -16,7 +16,7 @@ from accessory import log
 from accessory.checkpoint import export, resume
 from accessory.checkpoint.save import Beside, Saver
 from accessory.data import carried
-from accessory.data.loader import windows_per_epoch
+from accessory.data.loader import first_batches, windows_per_epoch
 from accessory.model import Transformer, shard_dim
 from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
@@ -29,6 +29,7 @@ from accessory.train import loop, objectives, optim, plan
 from accessory.train.profile import Phases, check_steps, profile_of, time_line
 from accessory.train.start import (
     RunArgs,
+    calibration_tokens,
     continue_from,
     find_start,
     materialise,
@@ -89,11 +90,17 @@ def train(
         return
 
     clock = Stopwatch()
-    materialise(model, checkpoint, parallel, loop_args.seed)
+    calibrate_on, tokens = None, calibration_tokens(parallel, args, loop_args.as_test)
+    if tokens:
+        log.say(f"rounding to {parallel.quant} by what it does to {tokens:,} training tokens", groups.rank())
+        ranks = {"dp_rank": groups.dp_rank(), "dp_size": groups.dp_size()}
+        calibrate_on = first_batches(train_set, tokens, seed=loop_args.seed, **ranks)
+    materialise(model, checkpoint, parallel, loop_args.seed, calibrate_on)
     log.say(f"weights {'loaded' if run.pretrained_path else 'drawn'} in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
     position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
+    position |= {"calibration_tokens": tokens} if parallel.quant else {}
     state = continue_from(resumed, model, optimizer, position) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:

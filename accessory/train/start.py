@@ -7,6 +7,7 @@ Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pret
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from accessory.checkpoint import resume
 from accessory.checkpoint.adapter import model_args, with_adapter
 from accessory.checkpoint.formats import is_adapter
 from accessory.config import flag
-from accessory.data.loader import micro_batches
+from accessory.data.loader import Batch, micro_batches
 from accessory.model import Transformer
 from accessory.model.args import ModelArgs, read_params, tuning_keys
 from accessory.model.lora import TuningArgs
@@ -30,6 +31,7 @@ from accessory.train import loop
 from accessory.train.state import TrainState
 
 SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitioner takes again what costs least
+AS_TEST_TOKENS = 256  # that --as_test calibrates on
 MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
 
 
@@ -191,8 +193,19 @@ def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
     return tokenizer
 
 
-def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, seed: int) -> None:
-    """Fills the empty model and shards it, layer by layer: weights -> checkpointing -> compile -> FSDP."""
+def calibration_tokens(parallel: ParallelArgs, args: ModelArgs, as_test: bool) -> int:
+    """How many training tokens decide the rounding under --quant; 0: none do."""
+    if parallel.quant is None:
+        return 0
+    widest = max(args.dim, args.ffn_dim, args.n_heads * args.head_size)
+    wanted = 4 * widest if parallel.calibration_tokens is None else parallel.calibration_tokens
+    return min(wanted, AS_TEST_TOKENS) if as_test else wanted
+
+
+def materialise(
+    model: Transformer, checkpoint: Any, parallel: ParallelArgs, seed: int, calibrate_on: Sequence[Batch] | None = None
+) -> None:
+    """Fills the empty model and shards it, layer by layer: weights -> rounding under --quant -> checkpointing -> compile -> FSDP."""
     shard = sharder(parallel.data_parallel, parallel.precision, parallel.cpu_offload)
     trains = {n for n, p in model.named_parameters() if p.requires_grad}
     if parallel.compile:  # graphs are shared by the layers, not by training, validation, packed and single sequences
@@ -211,7 +224,8 @@ def materialise(model: Transformer, checkpoint: Any, parallel: ParallelArgs, see
         shard(layer)
 
     dtype_of = lambda name: torch.float32 if name in trains else None  # noqa: E731  masters fp32, the frozen as in the file
-    fill(model, checkpoint, dtype_of, groups.device(), seed, after_block, show_progress=groups.rank() == 0)
+    show_progress = groups.rank() == 0
+    fill(model, checkpoint, dtype_of, groups.device(), seed, after_block, show_progress, calibrate_on)
     shard(model)
 
 
@@ -226,10 +240,11 @@ def continue_from(
         ("seed", "--seed"),
         ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
         ("quant", "--quant"),
+        ("calibration_tokens", "--calibration_tokens"),
     ):
         if state.data.get(key) != position.get(key):
             raise ValueError(
-                f"--resume {path}: {name} changed ({state.data.get(key)} then, {position[key]} now): restore it, or start anew in another --output_dir"
+                f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
             )
     log.say(f"continuing from {path}, step {state.step}", groups.rank())
     if (then := state.data.get("optim_states", "fp32")) != position["optim_states"]:

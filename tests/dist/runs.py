@@ -17,6 +17,7 @@ import torch
 from accessory.checkpoint import export, resume
 from accessory.checkpoint.pieces import pieces
 from accessory.checkpoint.save import Saver
+from accessory.data.loader import first_batches
 from accessory.data.sft import Example
 from accessory.train.start import materialise
 from accessory.model import ModelArgs, Transformer, shard_dim
@@ -61,6 +62,7 @@ class Case:
     lora_dropout: float = 0.0
     lora_targets: tuple[str, ...] = LINEARS
     quant: str | None = None
+    calibrated: bool = False  # on all examples
     sequence_parallel: bool = False
 
     @property
@@ -141,7 +143,9 @@ def prepare(case: Case, weights: dict[str, torch.Tensor] | None = None) -> Run:
     parallel = ParallelArgs(case.mp, case.data_parallel, **flags)
     quantise(model, parallel)
     with contextlib.redirect_stderr(io.StringIO()):  # its progress bar
-        materialise(model, checkpoint, parallel, seed=0)
+        ranks = {"dp_rank": groups.dp_rank(), "dp_size": groups.dp_size()}
+        calibrate_on = first_batches(examples(), 10**6, seed=0, **ranks) if case.calibrated else None
+        materialise(model, checkpoint, parallel, seed=0, calibrate_on=calibrate_on)
     whole_slice = case.data_parallel == "ddp"
     addends = replicated if case.sequence_parallel else partial_grad
     rules = GradientRules(model, case.args.kv_heads, shard_dim, addends, kv_copied, cut_over_dp=not whole_slice)

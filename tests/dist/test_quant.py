@@ -1,6 +1,7 @@
 """A base held in NF4 at any layout: the very numbers of one rank, sharded over dp, the same training; a run saved on one layout
 and continued on another, and its adapter merged into the exact base."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from accessory.model.llama import kv_copied, shard_dim
 from accessory.model.lora import TuningArgs, packed_weights
 from accessory.model.quant import dequantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, local
+from accessory.parallel.fsdp import ParallelArgs, local, reshard
 from accessory.train import loop, optim
 from accessory.train.run import train
 from accessory.train.start import RunArgs
@@ -110,6 +111,44 @@ def test_every_layout_holds_the_same_numbers_and_shares_them_out() -> None:
             assert not wrong, (case, rank, wrong)
             share = 1 if case.data_parallel == "ddp" else case.dp
             assert all(mine <= -(-whole // share) + 4 for mine, whole in held.values()), (case, rank, held)
+
+
+# --- rounded by what it does to tokens --------------------------------------------------------------------------------
+
+
+def errors_of(these: list[Case]) -> list[tuple[dict[str, torch.Tensor], list[float]]]:
+    """For each case: ({weight: what it stands for, whole}, how far the model's logits are from the exact ones: nearest levels,
+    and calibrated). Collective."""
+    results = []
+    tokens = torch.randint(101, (1, 64), generator=torch.Generator().manual_seed(5))
+    for case in these:
+        whole, outputs = {}, []
+        for quant, calibrated in ((None, False), ("nf4", False), ("nf4", True)):
+            run = runs.prepare(dataclasses.replace(case, quant=quant, calibrated=calibrated))
+            with torch.no_grad():
+                outputs.append(run.model.eval()(tokens).clone())
+            reshard(run.model)
+            for name, linear in packed_weights(run.model).items() if calibrated else ():
+                packed = gathered(linear.weight.detach())
+                whole[name] = dequantise(packed, linear.packed, linear.table, torch.float32)
+        exact, *others = outputs
+        results.append((whole, [((y - exact).norm() / exact.norm()).item() for y in others]))
+    return results
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_calibrated_at_any_layout(world: int) -> None:
+    """Nearer to the exact model than nearest levels; the same on all dp ranks, whose tokens differ."""
+    layouts = {1: [(1, 1)], 2: [(1, 2), (2, 1)], 3: [(3, 1)], 4: [(2, 2), (4, 1)]}[world]
+    these = [Case(mp, dp, "lora", heads="24/24", cut=(2, 4 // dp)) for mp, dp in layouts]
+    ranks = run_ranks(errors_of, these, world=world, timeout=180)
+    for index, case in enumerate(these):
+        for whole, (nearest, calibrated) in (results[index] for results in ranks):
+            print(f"{case.mp}x{case.dp}: {calibrated / nearest:.3f}")
+            assert len(whole) == 14 and calibrated < 0.97 * nearest, (case, nearest, calibrated)
+        slices = [results[index][0] for results in ranks]
+        for rank, mine in enumerate(slices):  # rank = dp_rank * mp + mp_rank
+            assert all(torch.equal(mine[n], slices[rank % case.mp][n]) for n in mine), (case, rank)
 
 
 # --- a run ------------------------------------------------------------------------------------------------------------

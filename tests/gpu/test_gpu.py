@@ -72,6 +72,7 @@ def test_bf16_learns_what_fp32_learns(tmp_path) -> None:
 
 def test_nf4_is_that_of_the_cpu_and_learns_alike_in_every_memory_mode(tmp_path) -> None:
     bodies.nf4_bytes_are_the_cpus("cuda", (1024, 2752))
+    bodies.calibrated_nf4_is_as_good_as_the_cpus("cuda", SMALL, DATA)
     bodies.nf4_learns_alike(tmp_path, "cuda", SMALL, DATA, bound=2e-2, steps=12, dtype=torch.bfloat16, lr=1e-3)
 
 
