@@ -16,6 +16,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterable
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,41 @@ GGUF_ARRAY_LIMIT = 2**22  # values in one list of a GGUF file; the largest vocab
 DAMAGED = "is truncated or damaged: copy or download it again"
 
 
-class TorchFile:
+class Mapped:
+    """What files that are mapped have in common. `view` is a part of the map itself, which lasts as long as the tensor."""
+
+    _read_bytes = 0
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        raise NotImplementedError
+
+    def _let_go(self) -> None:
+        raise NotImplementedError
+
+    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        found = self.view(name, dim, start, stop).clone(memory_format=torch.contiguous_format)
+        self._count(name, dim, found)
+        return found
+
+    def read_into(self, out: Tensor, name: str, dim: int | None, start: int, stop: int | None) -> None:
+        """As `read`, to memory that is there."""
+        out.copy_(self.view(name, dim, start, stop))
+        self._count(name, dim, out)
+
+    def _count(self, name: str, dim: int | None, found: Tensor) -> None:
+        """A slice of columns touches every page."""
+        self._read_bytes += prod(self.shape(name)) * found.itemsize if dim else found.nbytes
+        if self._read_bytes > MAPPED_LIMIT:
+            self._let_go()
+            self._read_bytes = 0
+
+
+class TorchFile(Mapped):
     """One .pth file holding a dict of tensors, flat or under {"model": ...}; Accessory's `llma.` prefix is dropped."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._records = check_zip(path)
-        self._read_bytes = 0
         self._tensors: dict[str, Tensor] | None = self._map()
         self._meta = {name: (tuple(t.shape), t.dtype) for name, t in self._tensors.items()}
 
@@ -50,19 +79,13 @@ class TorchFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._meta[name][1]
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        return self.view(name, dim, start, stop).clone(memory_format=torch.contiguous_format)
-
     def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """As `read`, but of the mapped file itself, for who copies it at once: it keeps the file mapped."""
         if self._tensors is None:
             self._tensors = self._map()
-        whole = self._tensors[name]
-        out = sliced(whole, dim, start, stop)
-        self._read_bytes += whole.nbytes if dim else out.nbytes  # a slice of columns touches every page
-        if self._read_bytes > MAPPED_LIMIT:
-            self._tensors, self._read_bytes = None, 0
-        return out
+        return sliced(self._tensors[name], dim, start, stop)
+
+    def _let_go(self) -> None:
+        self._tensors = None
 
     def _map(self) -> dict[str, Tensor]:
         payload = load_torch(self.path, mmap=True)
@@ -149,13 +172,12 @@ def load_torch(path: Path, mmap: bool = False) -> Any:
         ) from error
 
 
-class SafetensorsFile:
+class SafetensorsFile(Mapped):
     """One .safetensors file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._handle: Any = None
-        self._read_bytes = 0
         header = safetensors_header(path)
         self._meta = {n: (tuple(e["shape"]), SAFETENSORS_DTYPES[e["dtype"]]) for n, e in header.items()}
 
@@ -168,17 +190,17 @@ class SafetensorsFile:
     def dtype(self, name: str) -> torch.dtype:
         return self._meta[name][1]
 
-    def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         from safetensors import safe_open
 
         if self._handle is None:
             self._handle = safe_open(self.path, "pt")
-        whole = self._handle.get_tensor(name)  # a view of the map: pages are read by the copy below
-        out = owned_slice(whole, dim, start, stop)
-        self._read_bytes += whole.nbytes if dim else out.nbytes
-        if self._read_bytes > MAPPED_LIMIT:
-            self._handle, self._read_bytes = None, 0
-        return out
+        return sliced(
+            self._handle.get_tensor(name), dim, start, stop
+        )  # of the map: pages are read when they are touched
+
+    def _let_go(self) -> None:
+        self._handle = None
 
 
 class Files:
@@ -212,6 +234,9 @@ class Files:
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         return self._part[name].read(name, dim, start, stop)
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._part[name].view(name, dim, start, stop)
 
 
 class SafetensorsFiles(Files):

@@ -15,7 +15,7 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Callable, Protocol
 
@@ -30,6 +30,7 @@ from accessory.checkpoint.resume import FORMAT_VERSION, MANIFEST, STATE, digest,
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local
 
+PAGE = 4096  # bytes; the kernel finds memory for a page when it is first written to
 AT_THE_END = 300  # seconds that a run which ends with an error waits for the save that is being written
 
 
@@ -51,17 +52,44 @@ class Beside(Protocol):
 
 class Snapshot:
     """This rank's pieces of the trained parameters and of their moments, copied to host memory that is kept and reused, and
-    of the frozen parameters as they are."""
+    of the frozen parameters as they are.
+
+    The memory is made by a thread while training begins: the first touch of it takes many times as long as a copy."""
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer):
         self.model, self.optimizer, self.held = model, optimizer, pieces(model)
         self.tensors: dict[str, Tensor] = {}
         self.copied: torch.cuda.Event | None = None
+        buffers, device = list(self._buffers()), groups.device()
+        self.maker = threading.Thread(target=self._make, args=(buffers, device), name="buffers", daemon=True)
+        self.maker.start()
+
+    def _buffers(self) -> Iterator[tuple[str, tuple[int, ...], torch.dtype, bool]]:
+        """Key, shape, dtype of what `take` will copy, and whether it is on a GPU."""
+        dtype_of = getattr(self.optimizer, "moment_dtype", lambda p: p.dtype)
+        for name, parameter in self.model.named_parameters():
+            piece = self.held.get(name)
+            if parameter.requires_grad and piece is not None and piece.written:
+                shape = (piece.rows, *local(parameter.detach()).shape[1:])
+                yield name, shape, parameter.dtype, parameter.is_cuda
+                if piece.owned:
+                    yield from ((f"{name}/{m}", shape, dtype_of(parameter), parameter.is_cuda) for m in MOMENTS)
+
+    def _make(self, buffers: list[tuple[str, tuple[int, ...], torch.dtype, bool]], device: torch.device) -> None:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)  # or pinning would open GPU 0 for every rank
+        for key, shape, dtype, pinned in buffers:
+            try:
+                self.tensors[key] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
+            except RuntimeError:  # no memory: `take` tries again, and raises where it is heard
+                return
+            self.tensors[key].view(-1)[:: PAGE // dtype.itemsize] = 0
 
     @torch.no_grad()
     def take(self) -> float:
         """Copies; returns AdamW's own step. On a GPU the copies are queued on the stream that the optimizer's next step is
         queued on, so it waits for them and the host does not; `ready` does. The frozen do not change: no copy of them."""
+        self.maker.join()
         trained = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
         some = moments_of(next(iter(trained.values())), self.optimizer)
         adam_step = some["step"].item()  # the same for all; read before the copies are queued
@@ -82,7 +110,8 @@ class Snapshot:
         return adam_step
 
     def _copy(self, key: str, tensor: Tensor) -> None:
-        if key not in self.tensors:
+        held = self.tensors.get(key)
+        if held is None or (held.shape, held.dtype) != (tensor.shape, tensor.dtype):
             self.tensors[key] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self.tensors[key].copy_(tensor, non_blocking=True)
 

@@ -47,7 +47,9 @@ class GradientRules:
         if groups.mp_size() > 1:
             groups.all_reduce(cut, groups.mp_group())
         total = cut + replicated
-        return (groups.all_reduce(total, groups.dp_group()) if self.cut_over_dp else total).sqrt()
+        if self.cut_over_dp and groups.dp_size() > 1:
+            groups.all_reduce(total, groups.dp_group())
+        return total.sqrt()
 
     def _by_weight(self) -> dict[float, list]:
         weights: dict[float, list] = {}
@@ -56,6 +58,7 @@ class GradientRules:
         return weights
 
 
+@torch.no_grad()  # where a DTensor gives its local part without autograd's detour
 def _squares(parameters: list) -> Tensor:
     gradients = [g for p in parameters if p.grad is not None and (g := local(p.grad)).numel()]
     if not gradients:

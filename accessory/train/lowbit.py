@@ -119,12 +119,7 @@ class LowBitAdamW(torch.optim.Optimizer):
                 pack(x, *held[m], noise[m], buffers[2])
 
     def _fused(self, group: dict, weights: list, gradients: list, first: list, second: list) -> None:
-        beta1, beta2 = group["betas"]
-        torch._fused_adamw_(
-            weights, gradients, first, second, [], [self.steps] * len(weights), lr=group["lr"], beta1=beta1, beta2=beta2,
-            weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
-            grad_scale=getattr(self, "grad_scale", None), found_inf=getattr(self, "found_inf", None),
-        )  # fmt: skip
+        fused_step(self, group, weights, gradients, first, second, [self.steps] * len(weights))
 
     def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
         """Of zeros, where there was no step yet."""
@@ -151,6 +146,10 @@ class LowBitAdamW(torch.optim.Optimizer):
 
     # --- for checkpoints ----------------------------------------------------------------------------------------------
 
+    def moment_dtype(self, p: nn.Parameter) -> torch.dtype:
+        """Of what `moments` gives."""
+        return torch.bfloat16 if self.states == "bf16" and not is_small(p) else torch.float32
+
     @torch.no_grad()
     def moments(self, p: nn.Parameter) -> dict[str, Tensor]:
         """step, exp_avg and exp_avg_sq of this rank's part of p, in its shape: what is held, or for int8 fp32 copies. They
@@ -173,6 +172,18 @@ class LowBitAdamW(torch.optim.Optimizer):
             x = torch.zeros(state[m].shape, device=state[m].device)
             x.view(-1)[: moments[m].numel()] = moments[m].view(-1)
             pack(x, state[m], state[f"{m}_unit"], torch.full((1, BLOCK), 0.5, device=x.device), torch.empty_like(x))
+
+
+def fused_step(
+    optimizer: torch.optim.Optimizer, group: dict, weights: Any, gradients: Any, first: Any, second: Any, steps: Any
+) -> None:
+    """torch's kernel on lists of plain tensors, in place, by the optimizer's grad_scale and found_inf. `steps`: counted already."""
+    beta1, beta2 = group["betas"]
+    torch._fused_adamw_(
+        weights, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,
+        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+        grad_scale=getattr(optimizer, "grad_scale", None), found_inf=getattr(optimizer, "found_inf", None),
+    )  # fmt: skip
 
 
 def is_small(p: nn.Parameter) -> bool:

@@ -9,11 +9,13 @@ tenth. Test: tests/unit/test_optim.py
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from accessory.config import flag
+from accessory.parallel.fsdp import local
 from accessory.train import lowbit
 
 SCHEDULES = ("cosine", "linear", "constant", "polynomial", "cosine_with_restarts", "wsd")
@@ -88,7 +90,54 @@ def adamw(model: nn.Module, args: OptimArgs) -> torch.optim.Optimizer:
     betas = (args.adam_betas[0], args.adam_betas[1])
     if args.optim_states != "fp32":
         return lowbit.LowBitAdamW(param_groups, args.optim_states, args.lr, betas, args.adam_eps)
-    return torch.optim.AdamW(param_groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=True)
+    return AdamW(param_groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=True)
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's fused AdamW over this rank's parts of the parameters, with one count of steps for all of them.
+
+    torch counts for each parameter and dispatches every DTensor, which beside small tensors takes as long as the update."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        parts = [self._parts(number, ps) for number, ps in enumerate(trained)]
+        # one, but where the moments came by load_state_dict
+        counts = list({id(count): count for *_, of_group in parts for count in of_group}.values())
+        torch._foreach_add_(counts, 1)
+        for group, ps, (weights, *held) in zip(self.param_groups, trained, parts):
+            lowbit.fused_step(self, group, weights, [local(p.grad) for p in ps], *held)
+        if (found_inf := getattr(self, "found_inf", None)) is not None:
+            torch._foreach_sub_(counts, found_inf)
+
+    def _parts(self, number: int, trained: list[nn.Parameter]) -> list[list[Tensor]]:
+        """Of the trained parameters of a group: this rank's parts of them and of both moments, and their counts of steps. Kept
+        from step to step until FSDP has put its parameters elsewhere, which it does with all of them."""
+        if len(trained) < len(self.param_groups[number]["params"]) or not trained:
+            return self._gather(trained)
+        kept = self.__dict__.setdefault("_kept", {})
+        if number not in kept or any(local(trained[i]).data_ptr() != kept[number][0][i].data_ptr() for i in (0, -1)):
+            kept[number] = self._gather(trained)
+        return kept[number]
+
+    def _gather(self, trained: list[nn.Parameter]) -> list[list[Tensor]]:
+        held = [self.moments(p) for p in trained]
+        moments = ([local(state[m]) for state in held] for m in lowbit.MOMENTS)
+        return [[local(p) for p in trained], *moments, [state["step"] for state in held]]
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.__dict__.pop("_kept", None)
+
+    @torch.no_grad()
+    def moments(self, p: nn.Parameter) -> dict[str, Tensor]:
+        """step, exp_avg and exp_avg_sq of p, cut as it is; of zeros, where there was no step yet."""
+        if not (state := self.state[p]):
+            if not hasattr(self, "count"):
+                self.count = torch.zeros((), device=local(p).device)
+            state["step"] = self.count
+            state |= {m: torch.zeros_like(p.detach()) for m in lowbit.MOMENTS}
+        return state
 
 
 def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor, divide_by: Tensor | None = None) -> None:
@@ -98,6 +147,8 @@ def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor, divide_
     for group in optimizer.param_groups:
         group["lr"] = lr
     where = optimizer.param_groups[0]["params"][0].device  # the CPU under --cpu_offload
+    if divide_by is not None and where.type == divide_by.device.type == "cpu" and divide_by == 1:
+        divide_by = None  # the kernel would write the gradients back; on a CPU, to look costs nothing
     # the fused kernel's own protocol, as GradScaler uses it
     optimizer.grad_scale = None if divide_by is None else divide_by.to(where)
     optimizer.found_inf = found_inf.to(where)

@@ -80,7 +80,10 @@ class Renamed:
         return self.source.read(self.map[name], dim, start, stop)
 
     def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        return getattr(self.source, "view", self.source.read)(self.map[name], dim, start, stop)
+        return view(self.source, self.map[name], dim, start, stop)
+
+    def read_into(self, out: Tensor, name: str, dim: int | None, start: int, stop: int | None) -> None:
+        read_into(out, self.source, self.map[name], dim, start, stop)
 
 
 class Overlay:
@@ -104,6 +107,25 @@ class Overlay:
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
         return self._of(name).read(name, dim, start, stop)
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return view(self._of(name), name, dim, start, stop)
+
+
+def view(source: Source, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+    """What `source.read` gives, but without a copy where the source has a `view` of its own: pages of the mapped file, which
+    stays mapped as long as the tensor lives. The pages are private: what is written to the tensor is not in the file."""
+    return getattr(source, "view", source.read)(name, dim, start, stop)
+
+
+def read_into(
+    out: Tensor, source: Source, name: str, dim: int | None = None, start: int = 0, stop: int | None = None
+) -> None:
+    """What `source.read` gives, copied once into `out` where the source has a `read_into` of its own."""
+    if hasattr(source, "read_into"):
+        source.read_into(out, name, dim, start, stop)
+    else:
+        out.copy_(source.read(name, dim, start, stop))
 
 
 def owned_slice(tensor: Tensor, dim: int | None, start: int, stop: int | None) -> Tensor:

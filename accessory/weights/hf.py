@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from accessory.model.args import ModelArgs
-from accessory.weights import IGNORED_SUFFIXES, Source, is_lora
+from accessory.weights import IGNORED_SUFFIXES, Source, is_lora, view
 
 MODEL_TYPES = {
     "llama": "LlamaForCausalLM",
@@ -100,14 +100,23 @@ class _Converted:
         inner = self.map[name]
         if not REORDERED.search(name):
             return self.source.read(inner, dim, start, stop)
+        return self._reordered(inner, dim, start, stop)
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        inner = self.map[name]
+        if not REORDERED.search(name):
+            return view(self.source, inner, dim, start, stop)
+        return self._reordered(inner, dim, start, stop)
+
+    def _reordered(self, inner: str, dim: int | None, start: int, stop: int | None) -> Tensor:
         rows = self.source.shape(inner)[0]
         if rows % self.head_dim:
             raise ValueError(f"{inner} has {rows} rows, which is no whole number of heads of {self.head_dim}")
         if dim != 0:
-            return self.reorder(self.source.read(inner, dim, start, stop), self.head_dim)
+            return self.reorder(view(self.source, inner, dim, start, stop), self.head_dim)
         stop = rows if stop is None else stop
         first, last = start // self.head_dim * self.head_dim, -(-stop // self.head_dim) * self.head_dim  # whole heads
-        heads = self.reorder(self.source.read(inner, 0, first, last), self.head_dim)
+        heads = self.reorder(view(self.source, inner, 0, first, last), self.head_dim)
         return heads if (first, last) == (start, stop) else heads[start - first : stop - first].clone()
 
 

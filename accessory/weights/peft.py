@@ -56,6 +56,12 @@ class _Turned(Renamed):
             return super().read(name, dim, start, stop)
         return owned_slice(self.turn[name](super().read(name)), dim, start, stop)
 
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return (self.read if name in self.turn else super().view)(name, dim, start, stop)
+
+    def read_into(self, out: Tensor, name: str, dim: int | None, start: int, stop: int | None) -> None:
+        out.copy_(self.view(name, dim, start, stop))
+
 
 class FromPEFT:
     """The tensors of a PEFT adapter under Meta's names, and its `terms`. `args`: its base's sizes; without them all but the

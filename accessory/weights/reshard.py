@@ -22,7 +22,7 @@ from torch import Tensor
 
 from accessory.model import shard_dim
 from accessory.model.args import ModelArgs, check_model_parallel
-from accessory.weights import Source
+from accessory.weights import Source, read_into, view
 
 EMBEDDING = "tok_embeddings.weight"
 
@@ -72,6 +72,12 @@ class Merged:
             return self._gather(name, shape, split_on, 0, None, dim, start, stop)
         return self._gather(name, shape, split_on, start, stop, None, 0, None)
 
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Of one file; what several files hold together has to be copied."""
+        return (
+            view(self.shards[0], name, dim, start, stop) if len(self.shards) == 1 else self.read(name, dim, start, stop)
+        )
+
     def _gather(
         self,
         name: str,
@@ -92,8 +98,7 @@ class Merged:
                 part = (dim, start, stop) if dim is not None else (split_on, low, high)
                 if at == 0 and high - low == last - first:
                     return shard.read(name, *part)
-                view = getattr(shard, "view", shard.read)(name, *part)  # a file's own pages where it has them: one copy
-                out.narrow(split_on, at, high - low).copy_(view)
+                read_into(out.narrow(split_on, at, high - low), shard, name, *part)
                 at += high - low
             offset += size
         assert at == last - first, f"{name}: gathered {at} of {last - first}"

@@ -23,6 +23,7 @@ ROW = Row(
     [
         Goal("torch_save", "stall_s", at_most=0.1),
         Goal("torch_save_fsync", "stall_s", at_most=0.1),
+        Goal("torch_save", "first_s", at_most=0.1),
         Goal("dcp_async", "stall_s", at_most=1.0),
     ],
     prepare,

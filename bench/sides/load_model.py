@@ -1,7 +1,7 @@
 """From files to the first logits, in one of several ways; a process loads once. Imports are not counted (more.import_s), the
 files are in the page cache, where whoever wrote or read them last left them.
 
-settings: way (WAYS). data: meta (directory of consolidated.*.pth and params.json), hf (the same as safetensors), tokens.
+settings: way (WAYS). data: meta (directory of consolidated.*.pth and params.json), one (the same in one file), hf (as safetensors), tokens.
 "peak_mb" is the resident set, in which pages of mapped files count too; more.anonymous_mb is the most of RssAnon, looked at
 every few milliseconds: what the program itself holds, and the machine cannot take back.
 """
@@ -37,10 +37,10 @@ class Anonymous:
             self.most = max(self.most, int(line.split()[1]) * 1024 / 1e6)
 
 
-def ours(data: dict, device: str):
+def ours(data: dict, device: str, files: str = "meta"):
     from accessory.model import Transformer
 
-    return lambda tokens: Transformer.from_pretrained(data["meta"], device=device)(tokens)
+    return lambda tokens: Transformer.from_pretrained(data[files], device=device)(tokens)
 
 
 def plain(data: dict, device: str):
@@ -76,7 +76,13 @@ def transformers(data: dict, device: str):
     )
 
 
-WAYS = {"ours": ours, "plain_torch": plain, "transformers": transformers}
+WAYS = {
+    "ours": ours,
+    "ours_one": lambda data, device: ours(data, device, "one"),
+    "ours_hf": lambda data, device: ours(data, device, "hf"),
+    "plain_torch": plain,
+    "transformers": transformers,
+}
 
 
 def main() -> None:

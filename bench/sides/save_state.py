@@ -1,8 +1,9 @@
 """How long training stands still for a checkpoint of weights and AdamW's moments, in one of several ways.
 
 settings: way (ours | ours_blocking | torch_save | dcp | dcp_async), units. data: sizes, directory. "seconds" is what the training
-thread waits; more.published_s, from the start until the checkpoint is there. Nothing else runs meanwhile. ours also hashes
-every file and forces it to the disk; torch_save does neither, torch_save_fsync the latter.
+thread waits, in the saves after the first; more.first_s in that one; more.published_s, from the start until the checkpoint is
+there. Nothing else runs meanwhile. ours also hashes every file and forces it to the disk; torch_save does neither,
+torch_save_fsync the latter.
 """
 
 import os
@@ -19,6 +20,8 @@ from accessory.checkpoint.save import Saver
 from bench import measure
 from bench.sides import own_step
 from bench.sides.own_step import ParallelArgs, Step, groups
+
+STEPS = 10  # before the first save, as few as no run has
 
 
 def ours(step: Step, args, directory: Path):
@@ -84,12 +87,13 @@ def main() -> None:
     model, args = own_step.load(work["data"]["model"], ParallelArgs(precision="fp32"))
     step = Step(model, args.kv_heads)
     tokens = own_step.random_tokens(args.vocab_size, (1, 16), groups.device())
-    step(tokens, tokens)  # the moments are there
     directory = Path(tempfile.mkdtemp(dir=work["data"]["directory"]))
     start, finish = WAYS[work["settings"]["way"]](step, args, directory)
+    for _ in range(STEPS):
+        step(tokens, tokens)
     laps, published = {"seconds": [], "cpu_seconds": []}, []
     try:
-        for _ in range(work["settings"]["units"] + 1):  # the first one makes the buffers
+        for _ in range(work["settings"]["units"] + 1):  # the first one apart: it may have to make buffers
             begin, used = time.perf_counter(), measure.cpu_seconds()
             start()
             laps["seconds"].append(time.perf_counter() - begin)

@@ -2,6 +2,7 @@
 goes wrong there reaches every rank's loop.
 """
 
+import dataclasses
 import json
 import threading
 import time
@@ -15,6 +16,8 @@ from accessory.checkpoint import export, resume, save
 from accessory.checkpoint.formats import open_checkpoint
 from accessory.checkpoint.save import Saver
 from accessory.parallel import groups
+from accessory.parallel.fsdp import local
+from accessory.train import lowbit, optim
 from tests.dist import runs
 from tests.dist.runs import Case
 from tests.helpers import run_ranks
@@ -204,3 +207,61 @@ def test_ranks_write_their_rows_of_the_published_files(case, embedding_dim, tmp_
         assert found.dtype == expected.dtype and torch.equal(found, expected), name
     state = resume.StateFiles(tmp_path / "latest" / "resume")
     assert len(state.names()) == len(wholes) if case.tuning == "full" else all(".lora_" in n for n in state.names())
+
+
+# --- the memory that copies go to -------------------------------------------------------------------------------------
+
+
+def buffers_of(cases: list[tuple[Case, str]]) -> list[str]:
+    """What was made beforehand is what is copied to: nothing is made at a save."""
+    wrong, lowbit.SMALL = [], lowbit.BLOCK  # or all tensors of so small a model would stay fp32
+    for case, states in cases:
+        run = runs.prepare(case)
+        run.optimizer = optim.adamw(run.model, dataclasses.replace(runs.OPTIM, optim_states=states))
+        snapshot = save.Snapshot(run.model, run.optimizer)
+        snapshot.maker.join()
+        made = {key: (t.data_ptr(), t.shape, t.dtype) for key, t in snapshot.tensors.items()}
+        runs.train(run, steps=1)
+        snapshot.take()
+        found = {key: (t.data_ptr(), t.shape, t.dtype) for key, t in snapshot.tensors.items()}
+        frozen = {n for n, p in run.model.named_parameters() if not p.requires_grad}
+        wrong += [f"{case} {states}: {k}" for k in found if k not in frozen and found[k] != made.get(k)]
+        wrong += [f"{case} {states}: {k} is not used" for k in made.keys() - found.keys()]
+    return wrong
+
+
+def test_what_is_copied_to_is_there_before_the_first_save():
+    cases = [
+        Case(2, 2, "full", heads="12/1", cut=(2, 2)),
+        Case(2, 2, "lora", cut=(2, 2)),
+        Case(1, 4, "full", tied=True, cut=(1, 2)),
+    ]
+    pairs = [(case, states) for case in cases for states in ("fp32", "bf16", "int8")]
+    assert run_ranks(buffers_of, pairs, world=4) == [[]] * 4
+
+
+def no_memory(case: Case) -> bool:
+    """The thread that makes the buffers finds none; the save makes them itself."""
+    run, empty = runs.prepare(case), torch.empty
+    runs.train(run, steps=1)
+
+    def refuse(*shape, **options):
+        if threading.current_thread() is threading.main_thread():
+            return empty(*shape, **options)
+        raise RuntimeError("not enough memory")
+
+    torch.empty = refuse
+    try:
+        snapshot = save.Snapshot(run.model, run.optimizer)
+        snapshot.maker.join()
+        made = len(snapshot.tensors)
+        snapshot.take()
+    finally:
+        torch.empty = empty
+    name, parameter = next((n, p) for n, p in run.model.named_parameters() if snapshot.held[n].written)
+    mine = local(parameter.detach())[: snapshot.held[name].rows]
+    return made == 0 and torch.equal(snapshot.tensors[name], mine)
+
+
+def test_without_memory_beforehand_it_is_looked_for_when_a_save_comes():
+    assert run_ranks(no_memory, Case(1, 2, "full", cut=(2, 2)), world=2) == [True, True]

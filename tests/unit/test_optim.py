@@ -1,23 +1,25 @@
 """Schedules against transformers', fused AdamW's skipped steps against torch's plain AdamW, fp16's loss scale against GradScaler's rule."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from accessory import log
 from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import partial_grad
-from accessory.parallel.fsdp import sharder
+from accessory.parallel.fsdp import local, sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.optim import OptimArgs, lr_at
 from accessory.train.state import TrainState
-from tests.helpers import gathered
+from tests.helpers import gathered, sharded_alone
 
 STEPS = 200
 
@@ -163,6 +165,55 @@ def test_a_step_that_is_skipped_leaves_no_trace() -> None:
             assert a["step"].item() == b["step"].item() == 4
             for key in ("exp_avg", "exp_avg_sq"):
                 torch.testing.assert_close(a[key], b[key], rtol=1e-6, atol=1e-8)
+
+
+def put_gradients(model: nn.Module, like: nn.Module, seed: int) -> None:
+    """The same ones on both, as DTensors where `like` is sharded."""
+    draw = torch.Generator().manual_seed(seed)
+    for p, q in zip(model.parameters(), like.parameters()):
+        if p.requires_grad:
+            p.grad = torch.randn(p.shape, generator=draw)
+            mine = p.grad.clone()
+            q.grad = mine if not isinstance(q, DTensor) else DTensor.from_local(mine, q.device_mesh, q.placements)
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_steps_are_those_of_torchs_fused_adamw(sharded: bool) -> None:
+    """To the bit: through a gradient that is missing, a divisor, a checkpoint by state_dict, and parameters put elsewhere."""
+    theirs, ours = module(), module()
+    if sharded:
+        sharded_alone(ours)
+    plain = torch.optim.AdamW([p for p in theirs.parameters() if p.requires_grad], fused=True, weight_decay=0.0)
+    plain_args = OptimArgs(lr=1e-2, adam_betas=[0.9, 0.999])
+    optimizer = optim.adamw(ours, plain_args)
+    for step in range(8):
+        put_gradients(theirs, ours, step)
+        if step == 2:  # its count of steps goes on, so the last one comes late
+            next(theirs.parameters()).grad = next(ours.parameters()).grad = None
+        if step == 4:
+            state = copy.deepcopy(optimizer.state_dict())
+            optimizer = optim.adamw(ours, plain_args)
+            optimizer.load_state_dict(state)
+        if step == 6:
+            ours.double().float()
+        plain.param_groups[0]["lr"], plain.grad_scale, plain.found_inf = 1e-2, torch.tensor(3.0), torch.tensor(0.0)
+        plain.step()
+        if step == 2:
+            plain.state[next(theirs.parameters())]["step"] += 1
+        optim.step(optimizer, 1e-2, torch.tensor(0.0), torch.tensor(3.0))
+        for mine, truth in zip(ours.parameters(), theirs.parameters()):
+            assert torch.equal(local(mine.detach()), truth), step
+
+
+def test_a_divisor_of_one_is_left_out(monkeypatch) -> None:
+    """On the CPU: the kernel would write every gradient back, and the weights are the same without."""
+    models, seen = (module(), module()), []
+    kernel = torch._fused_adamw_
+    monkeypatch.setattr(torch, "_fused_adamw_", lambda *a, **k: (seen.append(k["grad_scale"]), kernel(*a, **k)))
+    for model, by in zip(models, (torch.tensor(1.0), None)):
+        put_gradients(model, module(), 0)
+        optim.step(optim.adamw(model, OptimArgs(lr=1e-2)), 1e-2, torch.tensor(0.0), by)
+    assert seen == [None] * len(seen) and all(map(torch.equal, *(m.parameters() for m in models)))
 
 
 def test_only_matrices_decay() -> None:
