@@ -3,7 +3,8 @@
     packed row:   [ a a a a | b b | c c c ]    cu_seqlens 0 4 6 9: each sequence sees itself only, nothing is padding
 
 On CUDA in half precision packed rows go through torch's varlen kernel; elsewhere sequence by sequence (measured on CPU, ten
-documents in 2048 tokens: 9 times faster than a block mask). Proof: tests/unit/test_device_paths.py, tests/gpu.
+documents in 2048 tokens: 9 times faster than a block mask), short ones on CPU as plain products (blocks.py).
+Proof: tests/unit/test_device_paths.py, tests/unit/test_attention_blocks.py, tests/gpu.
 Shapes: B batch, T tokens, S keys, H query heads, K kv heads, Dh head dim.
 """
 
@@ -15,6 +16,8 @@ from typing import Callable
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+
+from accessory.model import blocks
 
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
 
@@ -64,6 +67,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, half a second for every --help
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
     """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
+    if blocks.faster(q, packed.longest):
+        return blocks.attend(q[0], k[0], v[0], packed.bounds).unsqueeze(0)
     lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]
     parts = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
     return torch.cat([_sdpa(*part, None) for part in parts], dim=1)

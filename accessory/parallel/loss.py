@@ -4,18 +4,22 @@
                                                                                                       gradients
 
 The (N, V) logits never exist: a chunk's gradient is taken while its logits are there, so backward only scales (as in Liger
-and cut-cross-entropy). fairscale's own loss mutates the logits and knows no ignored label. Chunks are written one over the
-other: a fresh 64 MiB costs more, in page faults, than the softmax over it. Proof: tests/dist/test_loss.py.
+and cut-cross-entropy). fairscale's own loss mutates the logits and knows no ignored label. A chunk is as large as the products
+like it and is in the weight's dtype; its softmax is taken in fp32, a block of rows at a time that the CPU's caches hold, and its
+gradient is written over the logits: fresh memory costs more, in page faults, than the softmax over it. Proof: tests/dist/test_loss.py.
 
-Shapes: N supervised tokens, C tokens of a chunk, D dim, V vocab, /mp = this rank's slice.
+Shapes: N supervised tokens, C tokens of a chunk, n of a block, D dim, V vocab, /mp = this rank's slice.
 """
+
+from typing import Iterator
 
 import torch
 from torch import Tensor
 
 from accessory.parallel import groups
 
-CHUNK_BYTES = 64 * 2**20  # of fp32 logits a chunk may take; of probabilities as many again
+CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
+BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -30,29 +34,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        chunks = _Chunks(min(rows, len(hidden)), true)
+        weight_grad = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
+        chunk = _Chunk(min(rows, len(hidden)), true)
         for first in range(0, len(hidden), rows):
             h, t = hidden[first : first + rows], targets[first : first + rows]
-            logits, probabilities = chunks.of(h)  # (C, V/mp); this rank's softmax
-            inside = (t >= start) & (t < start + len(true))
-            column = (t - start).masked_fill(~inside, 0).unsqueeze(1)
-            top, log_total, target_logit = _local(logits, probabilities, column, inside)
-            mine = log_total
-            if groups.mp_size() > 1:
-                top, log_total, target_logit = _over_mp(top, log_total, target_logit)
+            chunk.fill(h, t - start)
+            top, log_total, target_logit = chunk.statistics()
             loss += (log_total - target_logit).sum()
             correct += (target_logit >= top).sum()
-            if (wants_hidden or wants_weight) and len(true):
-                if groups.mp_size() > 1:
-                    probabilities.mul_((mine - log_total).exp().unsqueeze(1))
-                probabilities.scatter_add_(1, column, -inside.float().unsqueeze(1))
-                gradient = chunks.gradient(probabilities)
-                if wants_weight:
-                    _add_product(weight_grad[: len(true)], gradient, h)
+            if wants_hidden or wants_weight:
+                gradient = chunk.gradient(log_total)
+            if wants_weight:
+                weight_grad = _with_product(weight_grad, gradient, h, weight)
             if wants_hidden:
-                out = hidden_grad[first : first + rows]
-                torch.mm(gradient, true, out=out) if len(true) else out.zero_()
+                torch.mm(gradient, true, out=hidden_grad[first : first + rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -63,34 +58,62 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if hidden_grad is not None:
             hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
         if weight_grad is not None:
-            weight_grad = (weight_grad * loss_grad).to(ctx.weight_dtype)
+            scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
+            for part, to in zip(_blocks(weight_grad), _blocks(scaled)):
+                to.copy_(part.float() * loss_grad)
+            weight_grad = scaled
         return hidden_grad, weight_grad, None, None, None
 
 
-class _Chunks:
-    """The memory that every chunk's logits, probabilities and gradient are written to."""
+class _Chunk:
+    """The memory that every chunk's logits are written to, then their gradient, and that of one block."""
 
     def __init__(self, rows: int, weight: Tensor):
         self.weight = weight  # (V/mp, D), true rows
-        empty = lambda dtype: torch.empty(rows, len(weight), dtype=dtype, device=weight.device)  # noqa: E731
-        half = weight.dtype != torch.float32
-        self.product = empty(weight.dtype)
-        self.logits = empty(torch.float32) if half else self.product
-        self.probabilities = empty(torch.float32)
+        self.memory = weight.new_empty(rows, len(weight))
+        self.block = min(rows, _rows_of_block(self.memory))
+        self.wide, self.softmax = (weight.new_empty(self.block, len(weight), dtype=torch.float32) for _ in range(2))
 
-    def of(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(C, D) -> logits, and their softmax over this rank's columns: (C, V/mp) each, fp32."""
-        n = len(hidden)
-        logits = torch.mm(hidden, self.weight.t(), out=self.product[:n])
-        if self.logits is not self.product:
-            logits = self.logits[:n].copy_(logits)
-        return logits, torch.softmax(logits, 1, out=self.probabilities[:n])
+    def fill(self, hidden: Tensor, columns: Tensor) -> None:
+        """hidden (C, D) -> logits (C, V/mp); columns (C,) of the targets, where this rank has them."""
+        self.logits = torch.mm(hidden, self.weight.t(), out=self.memory[: len(hidden)])
+        self.inside = (columns >= 0) & (columns < len(self.weight))
+        self.columns = columns.masked_fill(~self.inside, 0).unsqueeze(1)
 
-    def gradient(self, probabilities: Tensor) -> Tensor:
-        """In the weight's dtype, for the products."""
-        if self.logits is self.product:
-            return probabilities
-        return self.product[: len(probabilities)].copy_(probabilities)
+    def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Of all ranks' columns, (C,) each: largest logit, log of the sum of exponentials, the target's logit. One rank alone
+        leaves the gradient where the logits were, so that no logit is read twice."""
+        found = []
+        for rows in self._blocks():
+            wide, p = self._softmax(rows)
+            found.append(_local(wide, p, self.columns[rows], self.inside[rows]))
+            if groups.mp_size() == 1:
+                self._write(rows, p)
+        mine = [torch.cat(parts) for parts in zip(*found)]
+        self.mine = mine[1]
+        return tuple(mine) if groups.mp_size() == 1 else _over_mp(*mine)
+
+    def gradient(self, log_total: Tensor) -> Tensor:
+        """Of the summed loss by the logits, (C, V/mp) in the weight's dtype, where the logits were."""
+        if groups.mp_size() > 1 and len(self.weight):
+            share = (self.mine - log_total).exp().unsqueeze(1)  # of this rank in the sum
+            for rows in self._blocks():
+                self._write(rows, self._softmax(rows)[1].mul_(share[rows]))
+        return self.logits
+
+    def _blocks(self) -> Iterator[slice]:
+        return (slice(i, min(i + self.block, len(self.logits))) for i in range(0, len(self.logits), self.block))
+
+    def _softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
+        """Logits and their softmax over this rank's columns: (n, V/mp) each, fp32."""
+        wide = self.logits[rows]
+        if wide.dtype != torch.float32:
+            wide = self.wide[: len(wide)].copy_(wide)
+        return wide, torch.softmax(wide, 1, out=self.softmax[: len(wide)])
+
+    def _write(self, rows: slice, probabilities: Tensor) -> None:
+        probabilities.scatter_add_(1, self.columns[rows], -self.inside[rows].float().unsqueeze(1))
+        self.logits[rows] = probabilities
 
 
 def _local(logits: Tensor, probabilities: Tensor, column: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,12 +134,29 @@ def _over_mp(top: Tensor, log_total: Tensor, target_logit: Tensor) -> tuple[Tens
     return highest, highest + total.log(), target_logit
 
 
-def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor) -> None:
-    """total (V, D), fp32, += gradient^T (V, C) hidden (C, D); in fp32 within the product itself."""
+def _with_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    """gradient^T (V/mp, C) hidden (C, D), with zeros for the weight's padding, added to the chunks' before: one chunk's is in the
+    weight's dtype, of several the sum in fp32."""
+    if total is None:
+        total = torch.empty_like(weight)
+        torch.mm(gradient.t(), hidden, out=total[: gradient.shape[1]])
+        total[gradient.shape[1] :] = 0
+        return total
+    total, true = total.float(), gradient.shape[1]
     if gradient.dtype == total.dtype:
-        total.addmm_(gradient.t(), hidden)
+        total[:true].addmm_(gradient.t(), hidden)
     else:
-        total += gradient.t() @ hidden
+        for to, part in zip(_blocks(total[:true]), _blocks(gradient.t() @ hidden)):
+            to += part  # whole, torch would make a copy of it in fp32 first
+    return total
+
+
+def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
+    return matrix.split(_rows_of_block(matrix))
+
+
+def _rows_of_block(matrix: Tensor) -> int:
+    return max(1, BLOCK["cpu" if matrix.device.type == "cpu" else "cuda"] // max(1, matrix.shape[1]))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -125,5 +165,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     hidden (N, D): replicated across mp and already through `copy_to_mp` (its gradient here is this rank's addend);
     weight (ceil(V/mp), D): this rank's rows, cast to hidden's dtype where it is another; targets (N,): global ids, every one
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
-    rows = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+    rows = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)

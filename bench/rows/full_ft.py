@@ -52,6 +52,7 @@ SIDES = [
     own("ours-bf16", precision="bf16"),
     own("ours-bf16-compile", precision="bf16", compile=True),
     own("ours-fp32", "ours-fp32", precision="fp32"),
+    own("ours-fp32-compile", "ours-fp32", precision="fp32", compile=True),
     hf("hf-autocast", "autocast"),
     hf("hf-bf16-compile", "bf16", compile=True),
     hf("hf-bf16", "bf16"),

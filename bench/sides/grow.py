@@ -23,16 +23,14 @@ BYTES = 4  # fp32
 
 
 def formula_mb(model: Transformer, tokens: int) -> float:
-    """Of a step in fp32 on one rank, in 10^6 bytes: FSDP's copy of two layers and of the rest, gradients, 8 D + 4 F numbers kept
-    a token and layer, and the loss's chunks with the head's gradient."""
+    """Of a step in fp32 on one rank, in 10^6 bytes: gradients, 8 D + 4 F numbers kept a token and layer, a chunk of the loss and
+    the head's gradient that it makes."""
     args = model.args
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    rest = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     kept = len(model.layers) * tokens * (8 * args.dim + 4 * args.ffn_dim)
     chunk = min(CHUNK_BYTES // BYTES, tokens * args.vocab_size)
     head = args.vocab_size * args.dim if model.head.requires_grad else 0
-    return BYTES * (2 * block + rest + trained + kept + 3 * chunk + head) / 1e6
+    return BYTES * (trained + kept + chunk + head) / 1e6
 
 
 def flops(model: Transformer, length: int, full: bool) -> float:

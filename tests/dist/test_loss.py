@@ -64,9 +64,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> fl
 
 def every_case(mp: int) -> float:
     groups.init(mp)
-    worst, ordinary = 0.0, loss.CHUNK_BYTES
-    for n, chunk, dtype in itertools.product((0, 1, 7, 64), (1, 4 * 101 * 5, ordinary), TOLERANCE):
-        loss.CHUNK_BYTES = chunk  # of 1 row, of some rows (64 is no multiple), of all
+    worst, ordinary = 0.0, (loss.CHUNK_BYTES, loss.BLOCK)
+    sizes = [(1, 2**18), (4 * 101 * 5, 2**18), (4 * 101 * 20, 101 * 3), (ordinary[0], ordinary[1]["cpu"])]
+    for n, (chunk, block), dtype in itertools.product((0, 1, 7, 64), sizes, TOLERANCE):
+        loss.CHUNK_BYTES = chunk  # of 1 row, of some rows (64 is no multiple), of some in blocks of a few, of all
+        loss.BLOCK = {"cpu": block}
         hidden, weight, targets = inputs(n, dtype)
         expected = reference(hidden, weight, targets)
         found = ours(hidden, weight, targets)
@@ -75,7 +77,7 @@ def every_case(mp: int) -> float:
         worst = max([worst, *errors]) if dtype == torch.float32 else worst
         if dtype == torch.float32:
             assert found[3] == expected[3], (found[3], expected[3])
-    loss.CHUNK_BYTES = ordinary
+    loss.CHUNK_BYTES, loss.BLOCK = ordinary
     return worst
 
 

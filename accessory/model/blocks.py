@@ -1,0 +1,115 @@
+"""Causal attention of short sequences on CPU: plain batched products over blocks of queries.
+
+    a sequence of L tokens:   queries [i, j) see keys [0, j)      scores -> softmax -> times v, a block at a time
+    kept for backward:        q, k, v; the probabilities are made again, as in flash attention
+
+torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives. As there, scores,
+softmax and their gradients are fp32 and what is multiplied with v, q and k is in the inputs' dtype. The blocks' memory is used
+again and again: a fresh one costs more, in page faults, than the product that fills it. Proof: tests/unit/test_attention_blocks.py.
+
+Shapes: T tokens of a packed row, L of a sequence, n of a block, S = j keys, H query heads, K kv heads, G = H / K, Dh head dim.
+"""
+
+from typing import Any, Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+QUERIES = 128  # of a block
+LONGEST = 1024  # beyond, the flash kernel is as fast
+
+
+def faster(q: Tensor, longest: int) -> bool:
+    """Whether to use `attend` where the longest sequence has so many tokens: in bf16 alone, whose products CPUs multiply
+    faster than fp32's."""
+    takes = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    return takes and longest <= LONGEST and not torch.is_autocast_enabled("cpu")
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+    """Each sequence sees itself only. q (T, H, Dh); k, v (T, K, Dh); bounds 0, .., T -> (T, H, Dh)."""
+    return _Attend.apply(q, k, v, bounds)
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
+        ctx.save_for_backward(q, k, v)
+        ctx.bounds = bounds
+        y, work = torch.empty_like(q, memory_format=torch.contiguous_format), _Work(q, k, bounds)
+        for a, b in zip(bounds, bounds[1:]):
+            keys, values = work.heads(k[a:b]), work.heads(v[a:b])
+            wide = keys.float()
+            for i, j in _blocks(b - a):
+                p = work.half(work.probabilities(work.heads(q[a + i : a + j]), wide, i, j))
+                work.put(y[a + i : a + j], torch.bmm(p, values[:, :j]))
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v = ctx.saved_tensors
+        q_grad, k_grad, v_grad = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+        work = _Work(q, k, ctx.bounds)
+        for a, b in zip(ctx.bounds, ctx.bounds[1:]):
+            keys, values = work.heads(k[a:b]), work.heads(v[a:b])
+            wide_keys, wide_values = keys.float(), values.float()
+            of_keys, of_values = (torch.zeros(keys.shape) for _ in "kv")  # fp32: of several blocks the sum
+            for i, j in _blocks(b - a):
+                query, g = work.heads(q[a + i : a + j]), work.heads(gradient[a + i : a + j])
+                p = work.probabilities(query, wide_keys, i, j)
+                of_values[:, :j] += torch.bmm(work.half(p).transpose(1, 2), g)
+                s = work.half(work.scores_grad(g, wide_values, p, j))
+                of_keys[:, :j] += torch.bmm(s.transpose(1, 2), query)
+                work.put(q_grad[a + i : a + j], torch.bmm(s, keys[:, :j]))
+            work.put(k_grad[a:b], of_keys)
+            work.put(v_grad[a:b], of_values)
+        return q_grad, k_grad, v_grad, None
+
+
+class _Work:
+    """The memory of one block, for the largest there is, and what is done in it."""
+
+    def __init__(self, q: Tensor, k: Tensor, bounds: list[int]):
+        self.kv, self.scale, self.dtype = k.shape[1], q.shape[-1] ** -0.5, q.dtype
+        longest = max(b - a for a, b in zip(bounds, bounds[1:]))
+        largest = q.shape[1] * min(QUERIES, longest) * longest
+        self.scores, self.softmax, self.change = (torch.empty(largest) for _ in range(3))  # fp32
+        self.rounded = torch.empty(largest, dtype=q.dtype)
+        self.later = torch.full((QUERIES, QUERIES), -torch.inf).triu_(1)  # added to scores of keys after the query
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(n, H, Dh) -> (K, G n, Dh): the queries of a kv head below each other, so that no key is copied for them."""
+        return x.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3).reshape(self.kv, -1, x.shape[-1])
+
+    def put(self, to: Tensor, x: Tensor) -> None:
+        """The other way, into `to`."""
+        to.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3).copy_(x.unflatten(1, (-1, to.shape[0])))
+
+    def probabilities(self, query: Tensor, keys: Tensor, i: int, j: int) -> Tensor:
+        """Of queries [i, j), (K, G n, Dh), over keys [0, j) of (K, L, Dh) in fp32 -> (K, G n, S) in fp32."""
+        shape = (*query.shape[:2], j)
+        scores = torch.bmm(query.float() * self.scale, keys[:, :j].transpose(1, 2), out=_view(self.scores, shape))
+        scores.unflatten(1, (-1, j - i))[..., i:].add_(self.later[: j - i, : j - i])
+        return torch.softmax(scores, -1, out=_view(self.softmax, shape))
+
+    def scores_grad(self, gradient: Tensor, values: Tensor, p: Tensor, j: int) -> Tensor:
+        """Of q k^T before its scale, from that of the block's result, (K, G n, Dh) -> (K, G n, S) in fp32."""
+        of_p = torch.bmm(gradient.float() * self.scale, values[:, :j].transpose(1, 2), out=_view(self.scores, p.shape))
+        return torch._softmax_backward_data(of_p, p, -1, p.dtype, grad_input=_view(self.change, p.shape))
+
+    def half(self, x: Tensor) -> Tensor:
+        """In the inputs' dtype, for products."""
+        return x if x.dtype == self.dtype else _view(self.rounded, x.shape).copy_(x)
+
+
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """[i, j) of each block, about equal."""
+    count = -(-length // QUERIES)
+    size = -(-length // count)
+    return ((i, min(i + size, length)) for i in range(0, length, size))
+
+
+def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return memory[: shape[0] * shape[1] * shape[2]].view(shape)

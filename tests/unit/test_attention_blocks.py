@@ -1,0 +1,83 @@
+"""Packed attention as plain products on CPU, beside torch's SDPA in fp64 and beside the flash kernel's own errors in bf16."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from accessory.model import attention, blocks
+from accessory.model.attention import Segments
+
+LENGTHS = [[1, 5, 128, 3], [129, 7], [300, 64, 2]]  # below, at and above a block of queries
+
+
+def drawn(lengths: list[int], heads: int, kv: int, dtype: torch.dtype, size: int = 16) -> list[Tensor]:
+    """q, k, v and the result's gradient."""
+    draw = torch.Generator().manual_seed(0)
+    tokens = sum(lengths)
+    return [torch.randn(tokens, n, size, generator=draw).to(dtype) for n in (heads, kv, kv, heads)]
+
+
+def bounds_of(lengths: list[int]) -> list[int]:
+    return torch.tensor([0, *lengths]).cumsum(0).tolist()
+
+
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    parts = zip(*(t.split(lengths) for t in (q, k, v)))
+    heads_first = ([t.transpose(0, 1).unsqueeze(0) for t in part] for part in parts)
+    done = (F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=True) for part in heads_first)
+    return torch.cat([y[0].transpose(0, 1) for y in done])
+
+
+def with_gradients(attend, tensors: list[Tensor]) -> list[Tensor]:
+    """The result and the gradients of q, k and v."""
+    *inputs, gradient = (t.detach().clone() for t in tensors)
+    inputs = [t.requires_grad_() for t in inputs]
+    y = attend(*inputs)
+    return [y.detach(), *torch.autograd.grad(y, inputs, gradient)]
+
+
+@pytest.mark.parametrize("kv", [1, 2, 4])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_result_and_gradients_are_those_of_sdpa(lengths: list[int], kv: int) -> None:
+    tensors = drawn(lengths, 4, kv, torch.float32)
+    ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors)
+    exact = with_gradients(lambda *x: by_sdpa(*x, lengths), [t.double() for t in tensors])
+    for a, b in zip(ours, exact):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
+
+
+def test_bf16_is_no_further_from_the_truth_than_flash() -> None:
+    lengths = [200, 90]
+    tensors = drawn(lengths, 4, 4, torch.bfloat16, 64)
+    exact = with_gradients(lambda *x: by_sdpa(*x, lengths), [t.double() for t in tensors])
+    flash = with_gradients(lambda *x: by_sdpa(*x, lengths), tensors)
+    ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors)
+    off = [[((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)] for found in (ours, flash)]
+    assert sum(off[0]) <= sum(off[1]) and max(off[0]) <= max(off[1]), off
+
+
+def test_inputs_in_any_order_of_elements() -> None:
+    lengths = [130, 20]
+    q, k, v, g = drawn(lengths, 4, 2, torch.bfloat16)
+    turned = [t.transpose(0, 1).contiguous().transpose(0, 1) for t in (q, k, v, g)]
+    usual, other = (with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), t) for t in ([q, k, v, g], turned))
+    assert all(torch.equal(a, b) for a, b in zip(usual, other))
+
+
+def test_packed_bf16_on_the_cpu_goes_this_way_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    called = []
+    real = blocks.attend
+    monkeypatch.setattr(blocks, "attend", lambda *x: called.append(x[0].dtype) or real(*x))
+    for dtype, lengths in (
+        (torch.bfloat16, [5, 9]),
+        (torch.float32, [5, 9]),
+        (torch.bfloat16, [blocks.LONGEST + 1, 2]),
+    ):
+        q, k, v = (t.unsqueeze(0) for t in drawn(lengths, 2, 2, dtype)[:3])
+        packed = Segments(torch.tensor(bounds_of(lengths)), q.device)
+        y = attention.attend(q, k, v, packed, None)
+        torch.testing.assert_close(
+            y[0].float(), by_sdpa(q[0].float(), k[0].float(), v[0].float(), lengths), rtol=2e-2, atol=2e-2
+        )
+    assert called == [torch.bfloat16]
