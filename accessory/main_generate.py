@@ -78,7 +78,7 @@ def main(args: GenerateArgs) -> None:
     template = None if args.raw else template_of(args, tokenizer, checkpoint.parts)
     model = build(checkpoint, model_args, carried_tuning(checkpoint))
     dtype = DTYPES[args.precision] if args.precision else checkpoint.source.dtype("tok_embeddings.weight")
-    fill(model, checkpoint, lambda name: dtype, groups.device(), show_progress=groups.rank() == 0)
+    fill(model, checkpoint, lambda name: dtype, groups.device(), show_progress=groups.rank() == 0, mapped=True)
     model.eval().requires_grad_(False)
     for start in range(0, len(prompts), args.batch_size):
         some = prompts[start : start + args.batch_size]

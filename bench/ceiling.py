@@ -1,4 +1,5 @@
-"""The least time of a bf16 training step on one CPU thread: python -m bench.ceiling full_ft|lora|sft [--peer NAME=MS ..]
+"""The least time of a training step on one CPU thread:
+python -m bench.ceiling full_ft|lora|sft [--precision bf16|fp32] [--peer NAME=MS ..]
 
     floor   = every product of a step, in its fastest layout, + attention + softmax + fused AdamW      each alone, caches warm
     ceiling = a peer's unit / floor: no program made of these parts can be so many times faster than the peer
@@ -85,22 +86,25 @@ def least(call: Callable[[], Any], passes: int = 5, seconds: float = 0.05) -> fl
 
 
 @functools.cache
-def product_ms(m: int, k: int, n: int) -> float:
-    out = torch.empty(m, n, dtype=torch.bfloat16)
-    return min(least(functools.partial(torch.mm, _drawn(m, k, a), _drawn(k, n, b), out=out), 3) for a, b in LAYOUTS)
+def product_ms(dtype: torch.dtype, m: int, k: int, n: int) -> float:
+    def drawn(a: bool, b: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        return _drawn(dtype, m, k, a), _drawn(dtype, k, n, b)
+
+    out = torch.empty(m, n, dtype=dtype)
+    return min(least(functools.partial(torch.mm, *drawn(a, b), out=out), 3) for a, b in LAYOUTS)
 
 
-def _drawn(rows: int, columns: int, turned: bool) -> torch.Tensor:
-    matrix = torch.randn(rows, columns).bfloat16()
+def _drawn(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> torch.Tensor:
+    matrix = torch.randn(rows, columns).to(dtype)
     return matrix.t().contiguous().t() if turned else matrix
 
 
-def attention_ms(lengths: tuple[int, ...], heads: int, kv: int, size: int) -> float:
+def attention_ms(dtype: torch.dtype, lengths: tuple[int, ...], heads: int, kv: int, size: int) -> float:
     """Forward and backward of these sequences in one row, the faster way."""
     from accessory.model import blocks
 
     bounds = [0, *itertools.accumulate(lengths)]
-    q, k, v, g = (torch.randn(bounds[-1], n, size).bfloat16().requires_grad_() for n in (heads, kv, kv, heads))
+    q, k, v, g = (torch.randn(bounds[-1], n, size).to(dtype).requires_grad_() for n in (heads, kv, kv, heads))
 
     def flash(a: int, b: int) -> None:
         inputs = [t[a:b].detach().requires_grad_() for t in (q, k, v)]
@@ -131,13 +135,13 @@ def adamw_ms(sizes: dict[str, Any], rank: int) -> float:
     return least(torch.optim.AdamW(held, fused=True).step)
 
 
-def parts(row: str, sizes: dict[str, Any]) -> dict[str, float]:
+def parts(row: str, sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
     """ms of a unit by part."""
     rank, steps = workload.RANK if row == "lora" else 0, steps_of(row)
     heads, kv, size = sizes["n_heads"], sizes["n_kv_heads"], sizes["dim"] // sizes["n_heads"]
     told = {
-        "products": sum(product_ms(*p) for s in steps for p in products(sizes, s, rank)),
-        "attention": sizes["n_layers"] * sum(attention_ms(s.lengths, heads, kv, size) for s in steps),
+        "products": sum(product_ms(dtype, *p) for s in steps for p in products(sizes, s, rank)),
+        "attention": sizes["n_layers"] * sum(attention_ms(dtype, s.lengths, heads, kv, size) for s in steps),
         "softmax": sum(softmax_ms(s.learnt, sizes["vocab_size"]) for s in steps),
         "AdamW": len(steps) * adamw_ms(sizes, rank),
     }
@@ -161,10 +165,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", choices=("full_ft", "lora", "sft"))
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=MS")
+    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     given = parser.parse_args()
     peers = {name: float(ms) for name, ms in (p.rsplit("=", 1) for p in given.peer)}
     torch.set_num_threads(1)
-    print(table(parts(given.row, workload.M), peers))
+    dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
+    print(table(parts(given.row, workload.M, dtype), peers))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """bench/ceiling.py counts what a step multiplies as bench/workload.py does, and puts a peer's time beside its floor."""
 
 import pytest
+import torch
 
 from bench import ceiling, workload
 
@@ -28,9 +29,9 @@ def test_sft_has_the_timed_examples_of_its_row() -> None:
 
 def test_a_small_step_is_timed_and_compared() -> None:
     told = {
-        "products": ceiling.product_ms(8, 16, 8),
+        "products": ceiling.product_ms(torch.float32, 8, 16, 8),
         "softmax": ceiling.softmax_ms(4, 64),
-        "attention": ceiling.attention_ms((8, 3), 2, 1, 8),
+        "attention": ceiling.attention_ms(torch.bfloat16, (8, 3), 2, 1, 8),
     }
     assert all(v > 0 for v in told.values())
     assert "| peer, 20 ms: at most | 2.00 |" in ceiling.table({"products": 6.0, "AdamW": 4.0}, {"peer": 20.0})
