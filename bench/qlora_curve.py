@@ -34,7 +34,7 @@ def run(given: argparse.Namespace, data: Path, out: Path, quant: str) -> tuple[l
         "pretrained_path": given.pretrained_path, "data_config": data, "output_dir": out, "quant": quant,
         "max_steps": given.steps, "batch_size": given.batch_size, "lr": given.lr, "precision": given.precision,
         "lora_rank": given.lora_rank, "lora_alpha": 2 * given.lora_rank, "max_seq_len": given.max_seq_len,
-        "warmup_steps": 4, "lr_scheduler": "constant", "logging_steps": 1, "eval_steps": 10**6, "save_steps": 10**6,
+        "seed": given.seed, "warmup_steps": 4, "lr_scheduler": "constant", "logging_steps": 1, "eval_steps": 10**6, "save_steps": 10**6,
         "report_to": "none", "keep_best": "false",
     }  # fmt: skip
     words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
@@ -55,6 +55,7 @@ def main() -> None:
     parser.add_argument("--lora_rank", type=int, default=8)
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--max_seq_len", type=int, default=320)
+    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         data = write_data(given.data, Path(directory), given.steps * given.batch_size, 32)
@@ -69,6 +70,8 @@ def main() -> None:
         print(
             f"{WINDOW * i + 1:3d} to {min(WINDOW * (i + 1), given.steps):3d}       {a:.4f}   {b:.4f}   {b / a - 1:+.2%}"
         )
+    a, b = (sum(losses) / len(losses) for losses in (exact, nf4))
+    print(f"{'all':16s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
     for name, a, b in zip(("before", "after"), (exact_val[0], exact_val[-1]), (nf4_val[0], nf4_val[-1])):
         print(f"validation {name:6s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
     steps = max(abs(b / a - 1) for a, b in zip(exact, nf4))

@@ -130,7 +130,7 @@ def _factor(gram: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def rounded(weight: Tensor, absmax: Tensor, order: Tensor, factor: Tensor) -> Tensor:
-    """Codes (rows, blocks * 32), uint8, of weight (rows, In) with the scales absmax (rows, blocks), column after column in
+    """Codes (rows, blocks * 16), uint8, of weight (rows, In) with the scales absmax (rows, blocks), column after column in
     `order`, each one's error spread over those after it. Blocks begin where the weight does."""
     rows, columns = weight.shape
     left = weight.t()[order].float()  # (In, rows): a column in one piece

@@ -1,8 +1,8 @@
 """NF4 weights with double quantisation (QLoRA, Dettmers et al. 2023), as bitsandbytes computes them, in plain torch.
 
-    W (out, in)      rows in blocks of 32:  code = nearest of 16 levels to W / absmax, two codes a byte      4     bits a weight
-    absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.25
-    mean, scales     fp32                                                                                    0.004
+    W (out, in)      rows in blocks of 16:  code = nearest of 16 levels to W / absmax, two codes a byte      4     bits a weight
+    absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.5
+    mean, scales     fp32                                                                                    0.008
 
     one flat tensor   [ mean, scales | codes of absmax | codes of W | padding to 4 bytes ]     seen as numbers of `storage`
 
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.parallel import groups
 
-BLOCK, GROUP = 32, 256  # weights that share an absmax (bitsandbytes' default is 64); absmaxes that share a scale
+BLOCK, GROUP = 16, 256  # weights that share an absmax (bitsandbytes' default is 64); absmaxes that share a scale
 AT_ONCE = 2**24  # weights that are packed in one go
 NF4_LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with a true zero: appendix E of the paper
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
@@ -95,7 +95,7 @@ def tables(device: torch.device | str) -> tuple[Tensor, Tensor]:
     return pairs.to(device), torch.tensor(dynamic_levels()).to(device)
 
 
-# (weight (rows, columns), absmax (rows, blocks) as it is kept) -> codes (rows, blocks * 32)
+# (weight (rows, columns), absmax (rows, blocks) as it is kept) -> codes (rows, blocks * 16)
 Rounding = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -122,7 +122,7 @@ def pack(weight: Tensor, layout: Layout, storage: torch.dtype, rounding: Roundin
 
 
 def _blocks(rows: Tensor) -> Tensor:
-    """(rows, columns) -> (rows, blocks, 32) fp32, a short last block filled with zeros."""
+    """(rows, columns) -> (rows, blocks, 16) fp32, a short last block filled with zeros."""
     return F.pad(rows.float(), (0, -rows.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
 
 

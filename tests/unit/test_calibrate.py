@@ -115,7 +115,7 @@ def test_what_is_not_finite_names_the_way_out() -> None:
 
 def test_a_cut_inside_a_block_keeps_to_its_own_columns() -> None:
     gram = torch.eye(40) * 3
-    wide = calibrate._widened(gram, Layout(8, 40, 0, 80, 8, 140))  # columns 80 to 119 of 64 to 127
+    wide = calibrate._widened(gram, Layout(8, 40, 0, 75, 8, 140))  # columns 75 to 114 of 64 to 127
     assert wide.shape == (64, 64) and torch.equal(wide, torch.eye(64) * 3)
 
 
