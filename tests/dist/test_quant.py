@@ -10,6 +10,7 @@ import torch
 
 from accessory.checkpoint.adapter import open_adapter
 from accessory.checkpoint.formats import open_checkpoint
+from accessory.data.loader import first_batches
 from accessory.data.sft import DataArgs
 from accessory.main_finetune import answer, load
 from accessory.model.llama import kv_copied, shard_dim
@@ -117,22 +118,25 @@ def test_every_layout_holds_the_same_numbers_and_shares_them_out() -> None:
 
 
 def errors_of(these: list[Case]) -> list[tuple[dict[str, torch.Tensor], list[float]]]:
-    """For each case: ({weight: what it stands for, whole}, how far the model's logits are from the exact ones: nearest levels,
-    and calibrated). Collective."""
+    """For each case: ({weight: what it stands for, this slice}, how far the last layer's output of all examples is from the exact
+    model's: nearest levels, and calibrated). Collective."""
     results = []
-    tokens = torch.randint(101, (1, 64), generator=torch.Generator().manual_seed(5))
     for case in these:
-        whole, outputs = {}, []
+        slices, outputs = {}, []
         for quant, calibrated in ((None, False), ("nf4", False), ("nf4", True)):
             run = runs.prepare(dataclasses.replace(case, quant=quant, calibrated=calibrated))
+            found = []
+            run.model.norm.register_forward_pre_hook(lambda _, given: found.append(given[0].clone()))
             with torch.no_grad():
-                outputs.append(run.model.eval()(tokens).clone())
+                for batch in first_batches(runs.examples(), 10**6, seed=0, dp_rank=0, dp_size=1):
+                    run.model.eval()(batch.tokens, cu_seqlens=batch.cu_seqlens)
+            outputs.append(torch.cat(found, 1))
             reshard(run.model)
             for name, linear in packed_weights(run.model).items() if calibrated else ():
                 packed = gathered(linear.weight.detach())
-                whole[name] = dequantise(packed, linear.packed, linear.table, torch.float32)
+                slices[name] = dequantise(packed, linear.packed, linear.table, torch.float32)
         exact, *others = outputs
-        results.append((whole, [((y - exact).norm() / exact.norm()).item() for y in others]))
+        results.append((slices, [((y - exact).norm() / exact.norm()).item() for y in others]))
     return results
 
 
@@ -145,7 +149,7 @@ def test_calibrated_at_any_layout(world: int) -> None:
     for index, case in enumerate(these):
         for whole, (nearest, calibrated) in (results[index] for results in ranks):
             print(f"{case.mp}x{case.dp}: {calibrated / nearest:.3f}")
-            assert len(whole) == 14 and calibrated < 0.97 * nearest, (case, nearest, calibrated)
+            assert len(whole) == 14 and calibrated < 0.9 * nearest, (case, nearest, calibrated)
         slices = [results[index][0] for results in ranks]
         for rank, mine in enumerate(slices):  # rank = dp_rank * mp + mp_rank
             assert all(torch.equal(mine[n], slices[rank % case.mp][n]) for n in mine), (case, rank)
