@@ -1,4 +1,4 @@
-"""NF4 weights with double quantisation (QLoRA, Dettmers et al. 2023), as bitsandbytes computes them, in plain torch.
+"""NF4 weights with double quantisation (QLoRA, Dettmers et al. 2023), computed as bitsandbytes does, in plain torch.
 
     W (out, in)      rows in blocks of 16:  code = nearest of 16 levels to W / absmax, two codes a byte      4     bits a weight
     absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.5
@@ -26,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.parallel import groups
 
-BLOCK, GROUP = 16, 256  # weights that share an absmax (bitsandbytes' default is 64); absmaxes that share a scale
+BLOCK, GROUP = 16, 256  # weights that share an absmax (bitsandbytes has 64, or 32 at least); absmaxes that share a scale
 AT_ONCE = 2**24  # weights that are packed in one go
 NF4_LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with a true zero: appendix E of the paper
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,

@@ -103,7 +103,7 @@ def test_a_file_that_is_replaced_or_deleted_changes_no_model(kind: str, tmp_path
 def test_two_names_of_one_storage_are_two_parameters(tmp_path: Path) -> None:
     """torch.save keeps what was one tensor one; a model whose head is its own trains it apart from the embedding."""
     directory = written(tmp_path / "model", "meta")
-    tensors = torch.load(directory / "consolidated.00.pth")
+    tensors = torch.load(directory / "consolidated.00.pth", weights_only=True)
     tensors["output.weight"] = tensors["tok_embeddings.weight"]
     torch.save(tensors, directory / "consolidated.00.pth")
     (directory / "params.json").write_text(json.dumps(ARGS.to_dict() | {"tie_word_embeddings": False}))
