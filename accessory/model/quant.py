@@ -26,10 +26,8 @@ from torch.utils.checkpoint import checkpoint
 
 from accessory.parallel import groups
 
-BLOCK, GROUP = (
-    16,
-    256,
-)  # weights that share an absmax (bitsandbytes has 64, or 32 at least); absmaxes that share a scale
+BLOCK = 16  # weights that share an absmax (bitsandbytes has 64, or 32 at least)
+GROUP = 256  # absmaxes that share a scale
 AT_ONCE = 2**24  # weights that are packed in one go
 NF4_LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with a true zero: appendix E of the paper
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
