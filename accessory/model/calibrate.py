@@ -47,8 +47,8 @@ class Calibration:
             for batch in batches:
                 tokens, positions = batch.tokens.to(device), batch.positions.to(device)
                 x = model.tok_embeddings(tokens).float()
-                tables = rope.tables(positions, model.freqs, model.rope_factor)
-                self.states.append((x, *tables, segments(tokens, batch.cu_seqlens)))
+                turns = rope.table(positions, model.freqs, model.rope_factor)
+                self.states.append((x, turns, segments(tokens, batch.cu_seqlens)))
 
     def hold(self, linear: Any, value: Tensor) -> None:
         """Takes `layout.needed_columns` of a slice; until its layer is packed the linear computes with them, exactly."""

@@ -25,6 +25,7 @@ from accessory.model import rope
 from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.model.attention import Segments, attend, segments
 from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
+from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
 from accessory.parallel import groups
 from accessory.parallel.layers import (
@@ -76,18 +77,6 @@ class Cache(Protocol):
         """Stores (B, T, K/mp, Dh) of a layer; returns all keys, all values (B, S, K/mp, Dh) and the mask (B, 1, T, S)."""
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the statistics in fp32. Replicated across mp."""
-
-    def __init__(self, dim: int, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.empty(dim, device="meta"))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
-
-
 class Attention(nn.Module):
     """Grouped-query attention over this rank's heads. At mp > n_kv_heads neighbouring ranks hold copies of one kv head."""
 
@@ -106,8 +95,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
+        turns: Tensor,
         packed: Segments | None,
         cache: Cache | None,
         layer: int,
@@ -118,7 +106,7 @@ class Attention(nn.Module):
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
         if self.q_norm is not None:  # one weight for all heads: this rank's gradient is that of its own heads
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin)
+        q, k = rope.rotate(q, turns), rope.rotate(k, turns)
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)
@@ -163,43 +151,39 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None = None, cache: Cache | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, turns: Tensor, packed: Segments | None = None, cache: Cache | None = None) -> Tensor:
         if cache is not None:  # never compiled: the cache would make one more graph of every layer
-            return Block.compute(self, x, cos, sin, packed, cache)
+            return Block.compute(self, x, turns, packed, cache)
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, cos, sin, packed, None, use_reentrant=False)
-        return self.compute(x, cos, sin, packed, None)
+            return checkpoint(self.compute, x, turns, packed, None, use_reentrant=False)
+        return self.compute(x, turns, packed, None)
 
-    def compute(self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
+    def compute(self, x: Tensor, turns: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
         """x (B, T, D), or under sequence parallel (N/mp, D); the result alike."""
         keeps_less = self.checkpointing == "selective" or (self.checkpointing == "none" and x.dim() == 2)
         # compiled, the partitioner does it: it keeps products and makes what is pointwise again
         if not keeps_less or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._compute(x, cos, sin, packed, cache, None)
+            return self._compute(x, turns, packed, cache, None)
         with Remade() as remade:
-            return self._compute(x, cos, sin, packed, cache, remade)
+            return self._compute(x, turns, packed, cache, remade)
 
     def _compute(
-        self, x: Tensor, cos: Tensor, sin: Tensor, packed: Segments | None, cache: Cache | None, remade: Remade | None
+        self, x: Tensor, turns: Tensor, packed: Segments | None, cache: Cache | None, remade: Remade | None
     ) -> Tensor:
         divided = x.dim() == 2
-        h = self._entering(self.attention_norm, x, cos, remade)
+        h = self._entering(self.attention_norm, x, turns, remade)
         index = 0 if cache is None else self.index  # a number that is read would give every layer a graph of its own
-        x = x + self.attention(h, cos, sin, packed, cache, index, divided)
-        h = self._entering(self.ffn_norm, x, cos, remade)
+        x = x + self.attention(h, turns, packed, cache, index, divided)
+        h = self._entering(self.ffn_norm, x, turns, remade)
         return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
 
-    def _entering(self, norm: RMSNorm, x: Tensor, cos: Tensor, remade: Remade | None) -> Tensor:
+    def _entering(self, norm: RMSNorm, x: Tensor, turns: Tensor, remade: Remade | None) -> Tensor:
         """norm(x) of all tokens on every rank, the column layers' input: (B, T, D)."""
-        selective = remade is not None and self.checkpointing == "selective"
-        # the checkpoint is for what the norm itself would keep, on CPU its result once more
-        h = checkpoint(norm, x, use_reentrant=False, preserve_rng_state=False) if selective else norm(x)
-        share = copy_to_mp if x.dim() == 3 else partial(gather_tokens, shape=cos.shape[:2])
+        share = copy_to_mp if x.dim() == 3 else partial(gather_tokens, shape=turns.shape[:2])
+        h = norm(x)
         whole = share(h)
         if remade is not None:
-            x, mine = x.detach(), None if selective else h.detach()
+            x, mine = x.detach(), None if self.checkpointing == "selective" else h.detach()
             remade.note(whole, lambda: share(norm(x) if mine is None else mine))
         return whole
 
@@ -248,11 +232,11 @@ class Transformer(nn.Module):
                 packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1
             )
         self.freqs = self.freqs.to(tokens.device)  # once: a copy from the host would wait for the GPU in every step
-        cos, sin = rope.tables(positions, self.freqs, self.rope_factor)
+        turns = rope.table(positions, self.freqs, self.rope_factor)
         divided = self.sequence_parallel and groups.mp_size() > 1 and cache is None
         x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)  # (N/mp, D) or (B, T, D)
         for layer in self.layers:
-            x = layer(x, cos, sin, packed, cache)
+            x = layer(x, turns, packed, cache)
         x = self.norm(x)
         if labels is None:
             x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)

@@ -27,7 +27,6 @@ PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is 
 UNPACKING = 6  # bytes a weight while a linear held in NF4 is at work: looked up in fp32, then cast
 # What a layer keeps a token: times D replicated over mp (inputs, norms), times D and times F of this rank's slice
 SAVED = {"none": (4, 4, 4), "selective": (2, 4, 2), "full": (1, 0, 0)}
-NORMED = 2  # times D more on CPU without checkpointing: torch's norms keep their result before the weight, if that is trained
 FILLED = 0.9  # of free memory: auto leaves the rest to what no plan knows
 
 
@@ -107,8 +106,6 @@ def activations(model: Transformer, tokens: int, compute: int, checkpointing: st
 
     def of_layer(mode: str) -> float:
         whole, cut, ffn = SAVED[mode]
-        if mode == "none" and model.norm.weight.requires_grad and groups.device().type == "cpu":
-            whole += NORMED
         return (
             tokens * compute * (whole * args.dim / (mp if divided else 1) + (cut * args.dim + ffn * args.ffn_dim) / mp)
         )

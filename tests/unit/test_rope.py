@@ -90,7 +90,7 @@ def test_llama3_by_the_definition_in_fp64() -> None:
 def test_tables_are_fp32_and_exact_far_out() -> None:
     freqs, _ = rope.frequencies(128, 500000.0, LLAMA3)
     positions = torch.tensor([[0, 1, 4095, 131071]])
-    cos, sin = rope.tables(positions, freqs, 1.0)
+    cos, sin = rope.table(positions, freqs, 1.0).unbind(-1)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 4, 1, 64)
     angles = positions.double().unsqueeze(-1) * freqs.double()
     for table, exact in ((cos, angles.cos()), (sin, angles.sin())):
@@ -104,13 +104,13 @@ def test_it_turns_interleaved_pairs() -> None:
     x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     freqs, _ = rope.frequencies(8, 100.0, None)
     positions = torch.tensor([[0, 1, 2, 3, 4], [7, 3, 9, 0, 2]])
-    y = rope.rotate(x, *rope.tables(positions, freqs, 1.0))
+    y = rope.rotate(x, rope.table(positions, freqs, 1.0))
     turned = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # Meta's own formulation: complex multiplication
     turned = turned * torch.polar(torch.tensor(1.0), positions[..., None, None].float() * freqs)
     torch.testing.assert_close(y, torch.view_as_real(turned).flatten(-2), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(y[0, 0], x[0, 0], rtol=0, atol=0)
     torch.testing.assert_close(y.norm(dim=-1), x.norm(dim=-1), rtol=1e-6, atol=1e-6)
-    half = rope.rotate(x.bfloat16(), *rope.tables(positions, freqs, 1.0))
+    half = rope.rotate(x.bfloat16(), rope.table(positions, freqs, 1.0))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), y, rtol=2e-2, atol=2e-2)
 
