@@ -19,6 +19,7 @@ from torch import Tensor
 from accessory.parallel import groups
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
+FROZEN_ROWS = 256  # of a chunk on CPU where the weight is frozen: nothing is summed up, and the products are as fast
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
 
@@ -165,5 +166,11 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     hidden (N, D): replicated across mp and already through `copy_to_mp` (its gradient here is this rank's addend);
     weight (ceil(V/mp), D): this rank's rows, cast to hidden's dtype where it is another; targets (N,): global ids, every one
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
-    rows = max(1, CHUNK_BYTES // (hidden.element_size() * weight.shape[0]))
+    rows = rows_of_chunk(weight, hidden.element_size())
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)
+
+
+def rows_of_chunk(weight: Tensor, element_size: int) -> int:
+    """How many tokens' logits exist at a time."""
+    rows = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
+    return min(rows, FROZEN_ROWS) if groups.device().type == "cpu" and not weight.requires_grad else rows

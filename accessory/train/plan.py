@@ -20,7 +20,7 @@ from accessory.model.llama import Transformer, global_shape
 from accessory.model.lora import packed_weights
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
-from accessory.parallel.loss import BLOCK, CHUNK_BYTES
+from accessory.parallel.loss import BLOCK, rows_of_chunk
 from accessory.train.lowbit import BYTES
 
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
@@ -66,7 +66,7 @@ def plan(
         "gathered": gathered * compute,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": 0.0,
-        "loss": CHUNK_BYTES
+        "loss": rows_of_chunk(model.head, compute) * compute * model.head.shape[0]
         + 8 * BLOCK[groups.device().type]
         + (4 * model.head.numel() if model.head.requires_grad else 0),
         "checkpoint": trained_count * (8 if optim_args.optim_states == "bf16" else 12) / dp

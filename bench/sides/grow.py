@@ -13,7 +13,7 @@ from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs
-from accessory.parallel.loss import CHUNK_BYTES
+from accessory.parallel.loss import rows_of_chunk
 from accessory.train.start import materialise
 from bench import measure
 from bench.sides.own_step import Step, random_tokens
@@ -28,7 +28,7 @@ def formula_mb(model: Transformer, tokens: int) -> float:
     args = model.args
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = len(model.layers) * tokens * (8 * args.dim + 4 * args.ffn_dim)
-    chunk = min(CHUNK_BYTES // BYTES, tokens * args.vocab_size)
+    chunk = min(rows_of_chunk(model.head, BYTES), tokens) * args.vocab_size
     head = args.vocab_size * args.dim if model.head.requires_grad else 0
     return BYTES * (trained + kept + chunk + head) / 1e6
 
