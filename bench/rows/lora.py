@@ -30,6 +30,7 @@ SIDES = [
     own("ours-bf16", precision="bf16", lora=True, file="bf16"),
     own("ours-bf16-compile", precision="bf16", lora=True, file="bf16", compile=True),
     own("ours-fp32", "ours-fp32", precision="fp32", lora=True),
+    own("ours-fp32-compile", "ours-fp32", precision="fp32", lora=True, compile=True),
     hf("peft-autocast", "autocast", lora=True, file="bf16"),
     hf("peft-autocast-fp32-base", "autocast", "peft-autocast", lora=True),
     hf("peft-bf16-compile", "bf16", lora=True, file="bf16", compile=True),

@@ -27,8 +27,12 @@ def small_model(directory, sizes: dict) -> dict:
 
 
 def row(name: str, what: str, ours: str, peers: dict[str, tuple[str, str]]) -> Row:
-    sides = [Side(ours, OURS, "two_ranks", SHAPE | {"way": ours}, "ours")]
-    sides += [Side(way, env, "two_ranks", SHAPE | {"way": way}, peer) for way, (env, peer) in peers.items()]
+    ways = {ours: (OURS, OURS)} | peers
+    sides = [
+        Side(way + end, env, "two_ranks", SHAPE | {"way": way, "compile": bool(end)}, peer)
+        for way, (env, peer) in ways.items()
+        for end in ("", "_compile")
+    ]
     goals = [Goal(peer, "speed", at_least=1.1) for peer in dict.fromkeys(peer for _, peer in peers.values())]
     goals += [Goal(goals[0].peer, "sent_mb", at_most=1.01)]
     return Row(name, what, sides, goals, prepare)

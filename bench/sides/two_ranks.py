@@ -1,6 +1,6 @@
 """Training steps on several gloo (NCCL) ranks of one machine; the program starts its ranks itself.
 
-settings: way (WAYS), batch, length, units. data: model (a directory of consolidated.00.pth and params.json), hf (the same for
+settings: way (WAYS), batch, length, units, compile. data: model (a directory of consolidated.00.pth and params.json), hf (the same for
 transformers). Every way: fp32, the same weights and tokens, forward, backward, clipping by the norm over all ranks, fused
 AdamW. CPU time is that of all ranks together; more.sent_mb what rank 0 sends in a step (traffic.py), more.formula_mb what it
 should be, of ours.
@@ -33,7 +33,7 @@ def ours(data: dict, settings: dict, mp: int) -> Way:
 
     own_step.groups.init(mp, on=settings["device"])
     tuning = TuningArgs(lora_rank=settings["lora_rank"]) if settings.get("lora_rank") else None
-    parallel = own_step.ParallelArgs(precision="fp32", model_parallel_size=mp)
+    parallel = own_step.ParallelArgs(precision="fp32", model_parallel_size=mp, compile=settings.get("compile", False))
     model, args = own_step.load(data["model"], parallel, tuning)
     step = own_step.Step(model, args.kv_heads)
     return lambda tokens: step(tokens, tokens), formula(model, args, settings, mp)
@@ -72,6 +72,7 @@ def tensor_parallel(data: dict, settings: dict, sequence: bool) -> Way:
     model.load_state_dict(torch.load(files / "consolidated.00.pth", weights_only=True))
     model = model.to(settings["device"])
     parallelize_module(model, init_device_mesh(torch.device(settings["device"]).type, (WORLD,)), plan(model, sequence))
+    compiled(model.layers, settings)
     update = updater(model)
 
     def step(tokens: Tensor) -> Tensor:
@@ -116,6 +117,7 @@ def fully_sharded(data: dict, settings: dict) -> Way:
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(data["hf"], dtype=torch.float32).to(settings["device"])
+    compiled(model.model.layers, settings)
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
@@ -128,6 +130,13 @@ def fully_sharded(data: dict, settings: dict) -> Way:
         return loss.detach()
 
     return step, 0.0
+
+
+def compiled(layers, settings: dict) -> None:
+    """Layer by layer, as torchtitan does."""
+    if settings.get("compile"):
+        for layer in layers:
+            layer.compile()
 
 
 def updater(model) -> Callable[[], None]:
