@@ -9,30 +9,35 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     row            on                                               off
     lora           linear and adapter one function                  step by step, as autograd composes it
     lora dropout   the same with dropout 0.05
-    loss chunk     a chunk of 64 MiB of logits                      of 4 MiB
+    loss chunk     256 tokens' logits at a time                     4 MiB of them
     supervised     head over the 35 % of tokens that are learnt     over all of them
     packed         documents side by side in one row                a padded row each
+    norm           RMSNorm's own backward                           torch's
+    rotary         one product of complex numbers                   real numbers, as Meta's formula reads
+    attention      short documents as products (bf16 on CPU only)   torch's flash kernel
     compile        each layer through torch.compile, warmed up      eager
 """
 
 import os
 import statistics
 import time
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accessory.config import run_tool
-from accessory.model import ModelArgs, Transformer
+from accessory.model import ModelArgs, Transformer, blocks, rope
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
+from accessory.model.norm import RMSNorm
 from accessory.parallel import groups, loss
 from accessory.parallel.fsdp import DTYPES
 
 WIDTHS = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "rope_theta": 100000.0}
 DOCUMENTS = (0.18, 0.08, 0.25, 0.12, 0.05, 0.22, 0.10)  # lengths, as shares of the tokens
-ROWS = ("lora", "lora dropout", "loss chunk", "supervised", "packed", "compile")
+ROWS = ("lora", "lora dropout", "loss chunk", "supervised", "packed", "norm", "rotary", "attention", "compile")
 Step = Callable[[], Tensor]  # forward only: the loss
 
 
@@ -82,13 +87,19 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
             lambda: with_adapters(model, step_by_step, dropout, step),
         )
     if name == "loss chunk":
-        return lambda: with_chunk(64, step), lambda: with_chunk(4, step)
+        return step, lambda: with_other(loss, "CHUNK_BYTES", 4 * 2**20, step)
     if name == "supervised":
         learnt = row.masked_fill(torch.arange(row.shape[1]) % 20 >= 7, -100)
         return lambda: step(learnt), step
     if name == "packed":
         padded, labels = padded_rows(row, lengths)
         return step, lambda: model(padded, labels=labels)[0]
+    if name == "norm":
+        return step, lambda: with_other(RMSNorm, "forward", plain_norm, step)
+    if name == "rotary":
+        return step, lambda: with_other(rope, "rotate", plain_rotate, step)
+    if name == "attention":
+        return step, lambda: with_other(blocks, "faster", lambda q, longest: False, step)
     if name == "compile":
         return lambda: with_compiled(model, step), step
     raise ValueError(f"--only {name}: choose one of {', '.join(ROWS)}")
@@ -110,12 +121,22 @@ def with_adapters(model: Transformer, adapted: Callable, dropout: float, step: S
             linear.lora_dropout = 0.0
 
 
-def with_chunk(mebibytes: int, step: Step) -> Tensor:
-    usual, loss.CHUNK_BYTES = loss.CHUNK_BYTES, mebibytes * 2**20
+def with_other(owner: Any, name: str, value: Any, step: Step) -> Tensor:
+    usual = getattr(owner, name)
+    setattr(owner, name, value)
     try:
         return step()
     finally:
-        loss.CHUNK_BYTES = usual
+        setattr(owner, name, usual)
+
+
+def plain_norm(self: RMSNorm, x: Tensor) -> Tensor:
+    return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+
+
+def plain_rotate(x: Tensor, turns: Tensor) -> Tensor:
+    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 
 def with_compiled(model: Transformer, step: Step) -> Tensor:

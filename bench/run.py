@@ -29,6 +29,7 @@ from bench.rows import OURS, Absent, Row, Side
 
 ROOT = Path(__file__).resolve().parent.parent
 TIMEOUT = 600  # seconds of one process
+GIVEN = dict(os.environ)  # before accessory is imported, whose own settings are no peer's
 
 
 def all_rows() -> dict[str, Row]:
@@ -50,7 +51,7 @@ def environment(side_env: str, threads: int, scratch: Path) -> dict[str, str]:
     }
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor" / side_env)}
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return os.environ | fixed | cache | count | {"PYTHONPATH": str(ROOT)}
+    return GIVEN | fixed | cache | count | {"PYTHONPATH": str(ROOT)}
 
 
 def run_process(
