@@ -1,4 +1,4 @@
-"""Runs rows of the benchmark: python -m bench.run ROW... [--device cuda] [--rounds 3] [--threads 2] [--only SIDE,..]
+"""Runs rows of the benchmark: python -m bench.run ROW... [--device cuda] [--rounds 1] [--threads 2] [--only SIDE,..]
 
     prepare(row) -> round 1: A B C, limits | round 2: A B C, limits | ..     each letter a process of its own, one at a time
                  -> losses agree? -> ratios of neighbours, their medians -> table (stdout), ROW-cpu-2.json, ROW-cpu-2.png
@@ -192,7 +192,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=1, help="3 for figures to publish")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--only", default="", help="sides or peers by name, with commas")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results")

