@@ -177,7 +177,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
     axes.barh(names, middle, xerr=error, color=["C1" if n.startswith(OURS) else "C0" for n in names])
     axes.invert_yaxis()
     axes.set_xlabel("tokens / " + ("CPU second" if result["clock"] == "cpu_seconds" else "second"))
-    axes.set_title(f"{result['row']}, {result['device']}, {result['threads']} threads")
+    axes.set_title(f"{result['row']}, {result['device']}, {result['threads']} thread" + "s" * (result["threads"] > 1))
     figure.savefig(path, bbox_inches="tight", dpi=120)
 
 
