@@ -25,13 +25,12 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from accessory.config import run_tool
 from accessory.model import ModelArgs, Transformer, blocks, rope
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
-from accessory.model.norm import RMSNorm
+from accessory.model.norm import RMSNorm, rms_norm
 from accessory.parallel import groups, loss
 from accessory.parallel.fsdp import DTYPES
 
@@ -95,7 +94,7 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         padded, labels = padded_rows(row, lengths)
         return step, lambda: model(padded, labels=labels)[0]
     if name == "norm":
-        return step, lambda: with_other(RMSNorm, "forward", plain_norm, step)
+        return step, lambda: with_other(RMSNorm, "forward", lambda self, x: rms_norm(x, self.weight, self.eps), step)
     if name == "rotary":
         return step, lambda: with_other(rope, "rotate", plain_rotate, step)
     if name == "attention":
@@ -128,10 +127,6 @@ def with_other(owner: Any, name: str, value: Any, step: Step) -> Tensor:
         return step()
     finally:
         setattr(owner, name, usual)
-
-
-def plain_norm(self: RMSNorm, x: Tensor) -> Tensor:
-    return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def plain_rotate(x: Tensor, turns: Tensor) -> Tensor:

@@ -27,10 +27,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             return _RMSNormCPU.apply(x, self.weight, self.eps)
-        return _forward(x, self.weight, self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
-def _forward(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)
 
 
@@ -39,7 +39,7 @@ class _RMSNormCPU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.eps = eps
-        return _forward(x, weight, eps)
+        return rms_norm(x, weight, eps)
 
     @staticmethod
     @once_differentiable

@@ -2,6 +2,8 @@
 
 import json
 import math
+import os
+import subprocess
 import sys
 import textwrap
 
@@ -227,3 +229,14 @@ def test_a_peers_environment_is_made_of_its_file_and_our_torch(monkeypatch, tmp_
     assert peers.python_of("hf") == tmp_path / "hf" / "bin" / "python"
     assert peers.wanted("trl").splitlines()[0] == peers.torch_pin()
     assert "transformers==5.23.0" in peers.wanted("trl") and "trl==" in peers.wanted("trl")
+
+
+def test_peers_get_the_environment_that_was_given() -> None:
+    """accessory's own settings, made when it is imported into this process, are no peer's."""
+    code = "from pathlib import Path; import bench.run, accessory, os; assert 'THP_MEM_ALLOC_ENABLE' in os.environ; "
+    code += "print('THP_MEM_ALLOC_ENABLE' in bench.run.environment('hf', 1, Path('.')))"
+    given = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+    told = subprocess.run(
+        [sys.executable, "-c", code], env=given, cwd=run.ROOT, capture_output=True, text=True, check=True
+    )
+    assert told.stdout.strip() == "False"
