@@ -119,8 +119,10 @@ def reshard(model: nn.Module) -> None:
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded parameter or gradient, a plain tensor (possibly with no rows)."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    """This rank's part of a sharded parameter or gradient, a plain tensor (possibly with no rows), apart from autograd.
+
+    `DTensor.to_local` asks its dispatcher first, which over the 300 tensors of a step is 5 % of a small model's update."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def rows_of_rank(tensor: torch.Tensor) -> tuple[tuple[int, int], bool]:

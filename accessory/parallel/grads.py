@@ -58,7 +58,6 @@ class GradientRules:
         return weights
 
 
-@torch.no_grad()  # where a DTensor gives its local part without autograd's detour
 def _squares(parameters: list) -> Tensor:
     gradients = [g for p in parameters if p.grad is not None and (g := local(p.grad)).numel()]
     if not gradients:
