@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from accessory.config import FALSE, TRUE, flag
-from accessory.parallel import groups
+from accessory.parallel import exchange, groups
 from accessory.parallel.layers import VocabParallelEmbedding
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
@@ -98,6 +98,9 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
 
     def shard(module: nn.Module) -> None:
         fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
+        if groups.device().type == "cpu":
+            module.set_custom_all_gather(exchange.AllGather())
+            module.set_custom_reduce_scatter(exchange.ReduceScatter())
 
     return shard
 

@@ -1,7 +1,8 @@
 """Bytes that this rank's collectives carry, counted where torch dispatches them, also in backward and in FSDP's hooks.
 
 with Traffic(world) as sent: step()
-sent.wire     bytes this rank sends in a ring: 2 (n-1)/n of an all-reduce's message, (n-1)/n of a gather's or scatter's whole
+sent.wire     bytes this rank sends: what it sends to one rank, and of collectives in a ring 2 (n-1)/n of an all-reduce's message,
+              (n-1)/n of a gather's or scatter's whole
 sent.calls    {op: [calls, bytes of the messages]}
 """
 
@@ -24,8 +25,8 @@ class Traffic(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
     def _count(self, space: str, name: str, args: tuple) -> None:
-        kind = next((k for k in ("reduce_scatter", "gather", "reduce", "broadcast") if k in name), None)
-        if kind is None:  # wait_tensor, barrier
+        kind = next((k for k in ("reduce_scatter", "gather", "reduce", "broadcast", "send") if k in name), None)
+        if kind is None:  # wait_tensor, barrier, recv
             return
         sizes = [sum(t.nbytes for t in tree_leaves(arg) if isinstance(t, torch.Tensor)) for arg in args]
         whole = max(sizes)  # of a gather the output, of a scatter the input
@@ -37,4 +38,5 @@ class Traffic(TorchDispatchMode):
     @property
     def wire(self) -> float:
         share = (self.world - 1) / self.world
-        return sum(size * share * (2 if kind == "reduce" else 1) for kind, (_, size) in self.calls.items())
+        shares = {"reduce": 2 * share, "send": 1.0}
+        return sum(size * shares.get(kind, share) for kind, (_, size) in self.calls.items())
