@@ -18,7 +18,6 @@ from typing import Any, Callable, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from accessory.model import rope
@@ -27,6 +26,7 @@ from accessory.model.attention import Segments, attend, segments
 from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
 from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
+from accessory.model.swiglu import swiglu
 from accessory.parallel import groups
 from accessory.parallel.layers import (
     ColumnParallelLinear,
@@ -126,13 +126,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor, divided: bool = False, remade: Remade | None = None) -> Tensor:
         """As Attention's. `remade`: what is between the products is made again in backward."""
         gate, up = self.w1(x), self.w3(x)  # (B, T, F/mp)
-        act = F.silu(gate)
+        y = swiglu(gate, up)
         if remade is not None:
             a, b = gate.detach(), up.detach()
-            remade.note(act, lambda: F.silu(a))  # before the product that wants it
-        y = act * up
-        if remade is not None:
-            remade.note(y, lambda: F.silu(a) * b)
+            remade.note(y, lambda: swiglu(a, b))  # before the product that wants it
         return self.w2.divided(y) if divided else self.w2(y)
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from accessory.parallel import groups
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
-FROZEN_ROWS = 256  # of a chunk on CPU where the weight is frozen: nothing is summed up, and the products are as fast
+FROZEN_ROWS = {2: 256, 4: 512}  # of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so
+# as few as the products are fast with
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
 
@@ -173,4 +174,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
 def rows_of_chunk(weight: Tensor, element_size: int) -> int:
     """How many tokens' logits exist at a time."""
     rows = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
-    return min(rows, FROZEN_ROWS) if groups.device().type == "cpu" and not weight.requires_grad else rows
+    return min(rows, FROZEN_ROWS[element_size]) if groups.device().type == "cpu" and not weight.requires_grad else rows

@@ -4,7 +4,7 @@
                                     that is written while training goes on (in host memory: not counted on a GPU)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype; one weight without FSDP
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
-                                    4 D + (4 D + 4 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
+                                    4 D + (4 D + 3 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
     the program itself              Python, torch, libraries: measured
 
 The largest micro batch counts: the `batch_size` longest examples. docs/parallelism.md has the estimate beside measured peaks.
@@ -26,7 +26,7 @@ from accessory.train.lowbit import BYTES
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
 UNPACKING = 6  # bytes a weight while a linear held in NF4 is at work: looked up in fp32, then cast
 # What a layer keeps a token: times D replicated over mp (inputs, norms), times D and times F of this rank's slice
-SAVED = {"none": (4, 4, 4), "selective": (2, 4, 2), "full": (1, 0, 0)}
+SAVED = {"none": (4, 4, 3), "selective": (2, 4, 2), "full": (1, 0, 0)}
 FILLED = 0.9  # of free memory: auto leaves the rest to what no plan knows
 
 

@@ -23,11 +23,11 @@ BYTES = 4  # fp32
 
 
 def formula_mb(model: Transformer, tokens: int) -> float:
-    """Of a step in fp32 on one rank, in 10^6 bytes: gradients, 8 D + 4 F numbers kept a token and layer, a chunk of the loss and
+    """Of a step in fp32 on one rank, in 10^6 bytes: gradients, 8 D + 3 F numbers kept a token and layer, a chunk of the loss and
     the head's gradient that it makes."""
     args = model.args
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    kept = len(model.layers) * tokens * (8 * args.dim + 4 * args.ffn_dim)
+    kept = len(model.layers) * tokens * (8 * args.dim + 3 * args.ffn_dim)
     chunk = min(rows_of_chunk(model.head, BYTES), tokens) * args.vocab_size
     head = args.vocab_size * args.dim if model.head.requires_grad else 0
     return BYTES * (trained + kept + chunk + head) / 1e6

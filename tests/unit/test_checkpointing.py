@@ -103,8 +103,9 @@ def test_a_layer_keeps_what_the_plan_says(lora_rank: int, mode: str) -> None:
 
 def test_the_ways_are_far_apart() -> None:
     sizes = [kept_per_layer(mode, n_kv_heads=4)[0] for mode in MODES]
-    norms = 2 * 64 * TOKENS * 4  # what torch's norms on CPU would keep beside: their results before the weight
-    assert sizes[1] < 0.56 * (sizes[0] + norms) and sizes[2] < 0.1 * sizes[1]
+    # what torch's own would keep beside: its norms on CPU their results before the weight, autograd silu's
+    beside = (2 * 64 + 192) * TOKENS * 4
+    assert sizes[1] < 0.56 * (sizes[0] + beside) and sizes[2] < 0.1 * sizes[1]
 
 
 # --- nothing else changes ---------------------------------------------------------------------------------------------
