@@ -27,7 +27,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accessory.parallel import groups
+from accessory.parallel import exchange, groups
 
 copy_to_mp = copy_to_model_parallel_region  # forward: nothing; backward: sum over mp
 reduce_from_mp = reduce_from_model_parallel_region  # forward: sum over mp; backward: nothing
@@ -40,15 +40,21 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def _by_hand(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()  # which knows torch's own collectives only
+
+
 def _gathered(part: Tensor) -> Tensor:  # (n, D) -> (mp n, D)
     whole = part.new_empty(part.shape[0] * groups.mp_size(), *part.shape[1:])
-    _all_gather(whole, part.contiguous(), group=groups.mp_group())
+    gather = exchange.all_gather if _by_hand(part) else _all_gather
+    gather(whole, part.contiguous(), group=groups.mp_group())
     return whole
 
 
 def _scattered(addend: Tensor) -> Tensor:  # (mp n, D) -> (n, D) of the sum over mp
     part = addend.new_empty(addend.shape[0] // groups.mp_size(), *addend.shape[1:])
-    _reduce_scatter(part, addend.contiguous(), group=groups.mp_group())
+    scatter = exchange.reduce_scatter if _by_hand(addend) else _reduce_scatter
+    scatter(part, addend.contiguous(), group=groups.mp_group())
     return part
 
 

@@ -19,7 +19,11 @@ from torch import Tensor
 from accessory.parallel import groups
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
-FROZEN_ROWS = {2: 256, 4: 512}  # of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so
+SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
+FROZEN_ROWS = {
+    2: 256,
+    4: 512,
+}  # of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so
 # as few as the products are fast with
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
@@ -167,11 +171,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     hidden (N, D): replicated across mp and already through `copy_to_mp` (its gradient here is this rank's addend);
     weight (ceil(V/mp), D): this rank's rows, cast to hidden's dtype where it is another; targets (N,): global ids, every one
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
-    rows = rows_of_chunk(weight, hidden.element_size())
+    rows = rows_of_chunk(weight, hidden.element_size(), len(hidden))
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)
 
 
-def rows_of_chunk(weight: Tensor, element_size: int) -> int:
-    """How many tokens' logits exist at a time."""
+def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
+    """How many of `count` tokens' logits exist at a time: as many as CHUNK_BYTES take, or all of them where a trained head's
+    sum over several chunks would want as much memory."""
     rows = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
-    return min(rows, FROZEN_ROWS[element_size]) if groups.device().type == "cpu" and not weight.requires_grad else rows
+    if not weight.requires_grad:
+        return min(rows, FROZEN_ROWS[element_size]) if groups.device().type == "cpu" else rows
+    summed = (
+        SUM_BYTES * weight.shape[1] if element_size < 4 else 0
+    )  # a token's share; fp32 is summed in its product's memory
+    return max(1, count) if element_size * count <= element_size * rows + summed else rows

@@ -66,7 +66,7 @@ def plan(
         "gathered": gathered * compute,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": 0.0,
-        "loss": rows_of_chunk(model.head, compute) * compute * model.head.shape[0]
+        "loss": rows_of_chunk(model.head, compute, tokens) * compute * model.head.shape[0]
         + 8 * BLOCK[groups.device().type]
         + (4 * model.head.numel() if model.head.requires_grad else 0),
         "checkpoint": trained_count * (8 if optim_args.optim_states == "bf16" else 12) / dp

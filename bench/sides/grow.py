@@ -28,7 +28,7 @@ def formula_mb(model: Transformer, tokens: int) -> float:
     args = model.args
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = len(model.layers) * tokens * (8 * args.dim + 3 * args.ffn_dim)
-    chunk = min(rows_of_chunk(model.head, BYTES), tokens) * args.vocab_size
+    chunk = min(rows_of_chunk(model.head, BYTES, tokens), tokens) * args.vocab_size
     head = args.vocab_size * args.dim if model.head.requires_grad else 0
     return BYTES * (trained + kept + chunk + head) / 1e6
 

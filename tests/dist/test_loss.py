@@ -64,7 +64,8 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> fl
 
 def every_case(mp: int) -> float:
     groups.init(mp)
-    worst, ordinary = 0.0, (loss.CHUNK_BYTES, loss.BLOCK)
+    worst, ordinary = 0.0, (loss.CHUNK_BYTES, loss.BLOCK, loss.SUM_BYTES)
+    loss.SUM_BYTES = 0  # chunks where one would do
     sizes = [(1, 2**18), (4 * 101 * 5, 2**18), (4 * 101 * 20, 101 * 3), (ordinary[0], ordinary[1]["cpu"])]
     for n, (chunk, block), dtype in itertools.product((0, 1, 7, 64), sizes, TOLERANCE):
         loss.CHUNK_BYTES = chunk  # of 1 row, of some rows (64 is no multiple), of some in blocks of a few, of all
@@ -77,7 +78,7 @@ def every_case(mp: int) -> float:
         worst = max([worst, *errors]) if dtype == torch.float32 else worst
         if dtype == torch.float32:
             assert found[3] == expected[3], (found[3], expected[3])
-    loss.CHUNK_BYTES, loss.BLOCK = ordinary
+    loss.CHUNK_BYTES, loss.BLOCK, loss.SUM_BYTES = ordinary
     return worst
 
 
@@ -132,3 +133,14 @@ def extreme_logits() -> None:
 
 def test_large_logits_do_not_overflow():
     run_ranks(extreme_logits, world=2)
+
+
+def test_one_chunk_where_the_sum_over_several_would_want_as_much_memory():
+    groups.ensure()
+    head = torch.nn.Parameter(torch.empty(128256, 512, device="meta"))
+    rows = loss.CHUNK_BYTES // (2 * 128256)
+    most = rows + 4 * 512 // 2  # a sum of 4 bytes a weight beside a chunk, in logits of 2 bytes
+    assert [loss.rows_of_chunk(head, 2, n) for n in (0, 1, rows, most, most + 1)] == [1, 1, rows, most, rows]
+    assert [loss.rows_of_chunk(head, 4, n) for n in (1, rows // 2, rows)] == [1, rows // 2, rows // 2]  # summed in place
+    head.requires_grad_(False)
+    assert loss.rows_of_chunk(head, 2, most) <= rows
