@@ -63,7 +63,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
-        if weight_grad is not None:
+        if weight_grad is not None and weight_grad.dtype == ctx.weight_dtype:
+            weight_grad.mul_(loss_grad)  # a matrix less; autograd refuses a second backward, which would find it scaled
+        elif weight_grad is not None:
             scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             for part, to in zip(_blocks(weight_grad), _blocks(scaled)):
                 to.copy_(part.float() * loss_grad)
@@ -177,11 +179,14 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
 
 def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
     """How many of `count` tokens' logits exist at a time: as many as CHUNK_BYTES take, or all of them where a trained head's
-    sum over several chunks would want as much memory."""
-    rows = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
-    if not weight.requires_grad:
-        return min(rows, FROZEN_ROWS[element_size]) if groups.device().type == "cpu" else rows
+    sum over several chunks would want as much memory; chunks of one size, since a small last one is slow."""
+    most = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
     summed = (
         SUM_BYTES * weight.shape[1] if element_size < 4 else 0
     )  # a token's share; fp32 is summed in its product's memory
-    return max(1, count) if element_size * count <= element_size * rows + summed else rows
+    if weight.requires_grad and element_size * count <= element_size * most + summed:
+        most = count
+    elif not weight.requires_grad and groups.device().type == "cpu":
+        most = min(most, FROZEN_ROWS[element_size])
+    chunks = max(1, -(-count // max(1, most)))
+    return max(1, -(-count // chunks))

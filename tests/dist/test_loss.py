@@ -140,7 +140,23 @@ def test_one_chunk_where_the_sum_over_several_would_want_as_much_memory():
     head = torch.nn.Parameter(torch.empty(128256, 512, device="meta"))
     rows = loss.CHUNK_BYTES // (2 * 128256)
     most = rows + 4 * 512 // 2  # a sum of 4 bytes a weight beside a chunk, in logits of 2 bytes
-    assert [loss.rows_of_chunk(head, 2, n) for n in (0, 1, rows, most, most + 1)] == [1, 1, rows, most, rows]
-    assert [loss.rows_of_chunk(head, 4, n) for n in (1, rows // 2, rows)] == [1, rows // 2, rows // 2]  # summed in place
+    for size, count, chunks in [(2, 0, 0), (2, 1, 1), (2, most, 1), (2, most + 1, 3), (4, rows // 2, 1), (4, rows, 3)]:
+        found = loss.rows_of_chunk(head, size, count)  # fp32 is summed in place
+        assert -(-count // found) == chunks and found * chunks < count + max(1, chunks), (size, count, found)
     head.requires_grad_(False)
-    assert loss.rows_of_chunk(head, 2, most) <= rows
+    assert loss.rows_of_chunk(head, 2, 2 * rows) <= rows
+
+
+def test_a_second_backward_is_right_or_refused():
+    groups.ensure()
+    for dtype in (torch.float32, torch.bfloat16):  # the weight stays fp32: in bf16 its gradient is a copy
+        h = torch.randn(6, 8, dtype=dtype, requires_grad=True)
+        w = torch.randn(11, 8, requires_grad=True)
+        total, _ = loss.linear_cross_entropy(h, w, torch.arange(6), 11)
+        first = [g.clone() for g in torch.autograd.grad(total, (h, w), torch.tensor(0.5), retain_graph=True)]
+        if dtype == torch.float32:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(total, (h, w))
+        else:
+            again = torch.autograd.grad(total, (h, w), torch.tensor(0.5))
+            assert all(torch.equal(a, b) for a, b in zip(first, again))
