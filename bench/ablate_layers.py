@@ -9,10 +9,11 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     row            on                                               off
     lora           linear and adapter one function                  step by step, as autograd composes it
     lora dropout   the same with dropout 0.05
-    loss chunk     256 tokens' logits at a time                     4 MiB of them
+    loss chunk     256 tokens' logits at a time (fp32: 512)         4 MiB of them
     supervised     head over the 35 % of tokens that are learnt     over all of them
     packed         documents side by side in one row                a padded row each
     norm           RMSNorm's own backward                           torch's
+    swiglu         silu and product one function                    step by step
     rotary         one product of complex numbers                   real numbers, as Meta's formula reads
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
     compile        each layer through torch.compile, warmed up      eager
@@ -25,9 +26,10 @@ from typing import Any, Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accessory.config import run_tool
-from accessory.model import ModelArgs, Transformer, blocks, rope
+from accessory.model import ModelArgs, Transformer, blocks, llama, rope
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
 from accessory.model.norm import RMSNorm, rms_norm
@@ -36,7 +38,18 @@ from accessory.parallel.fsdp import DTYPES
 
 WIDTHS = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "rope_theta": 100000.0}
 DOCUMENTS = (0.18, 0.08, 0.25, 0.12, 0.05, 0.22, 0.10)  # lengths, as shares of the tokens
-ROWS = ("lora", "lora dropout", "loss chunk", "supervised", "packed", "norm", "rotary", "attention", "compile")
+ROWS = (
+    "lora",
+    "lora dropout",
+    "loss chunk",
+    "supervised",
+    "packed",
+    "norm",
+    "swiglu",
+    "rotary",
+    "attention",
+    "compile",
+)
 Step = Callable[[], Tensor]  # forward only: the loss
 
 
@@ -95,6 +108,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return step, lambda: model(padded, labels=labels)[0]
     if name == "norm":
         return step, lambda: with_other(RMSNorm, "forward", lambda self, x: rms_norm(x, self.weight, self.eps), step)
+    if name == "swiglu":
+        return step, lambda: with_other(llama, "swiglu", lambda gate, up: F.silu(gate) * up, step)
     if name == "rotary":
         return step, lambda: with_other(rope, "rotate", plain_rotate, step)
     if name == "attention":
