@@ -20,11 +20,8 @@ from accessory.parallel import groups
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
-FROZEN_ROWS = {
-    2: 256,
-    4: 512,
-}  # of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so
-# as few as the products are fast with
+# of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so as few as the products are fast with
+FROZEN_ROWS = {2: 256, 4: 512}
 BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
 
@@ -63,10 +60,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
-        if weight_grad is not None and weight_grad.dtype == ctx.weight_dtype:
-            weight_grad.mul_(loss_grad)  # a matrix less; autograd refuses a second backward, which would find it scaled
-        elif weight_grad is not None:
-            scaled = torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
+        if weight_grad is not None:
+            # in place where it can be, a matrix less: autograd refuses a second backward, which would find it scaled
+            same = weight_grad.dtype == ctx.weight_dtype
+            scaled = weight_grad if same else torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             for part, to in zip(_blocks(weight_grad), _blocks(scaled)):
                 to.copy_(part.float() * loss_grad)
             weight_grad = scaled
@@ -187,6 +184,6 @@ def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
     if weight.requires_grad and element_size * count <= element_size * most + summed:
         most = count
     elif not weight.requires_grad and groups.device().type == "cpu":
-        most = min(most, FROZEN_ROWS[element_size])
+        most = min(most, FROZEN_ROWS[min(element_size, 4)])
     chunks = max(1, -(-count // max(1, most)))
     return max(1, -(-count // chunks))

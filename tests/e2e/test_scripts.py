@@ -73,9 +73,8 @@ def test_smoke_and_the_same_command_again(script, clone):
         assert not list(directory.glob("step_*.tmp-*")) and not list(directory.glob(".trash-*"))
 
     before = hashes(clone / "output")
-    for _ in range(
-        3
-    ):  # the processor seconds of a crowded machine swing by half; the least of three is the command's own
+    # the processor seconds of a crowded machine swing by half; the least of three is the command's own
+    for _ in range(3):
         again, quicker = run(clone, script, SMOKE=1)
         assert again.code == 0 and re.search("finished", again.output, re.I), again.output
         assert "step/s" not in again.output and "s/step" not in again.output, again.output  # it trained nothing
