@@ -22,7 +22,7 @@ CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, s
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
 # of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so as few as the products are fast with
 FROZEN_ROWS = {2: 256, 4: 512}
-BLOCK = {"cpu": 2**18, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
+BLOCK = {"cpu": 2**19, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -59,14 +59,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, loss_grad: Tensor, _: Tensor):
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
-            hidden_grad = hidden_grad * loss_grad.to(hidden_grad.dtype)
+            hidden_grad = _scaled(hidden_grad, loss_grad, torch.empty_like(hidden_grad))
         if weight_grad is not None:
             # in place where it can be, a matrix less: autograd refuses a second backward, which would find it scaled
             same = weight_grad.dtype == ctx.weight_dtype
-            scaled = weight_grad if same else torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
-            for part, to in zip(_blocks(weight_grad), _blocks(scaled)):
-                to.copy_(part.float() * loss_grad)
-            weight_grad = scaled
+            to = weight_grad if same else torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
+            weight_grad = _scaled(weight_grad, loss_grad, to)
         return hidden_grad, weight_grad, None, None, None
 
 
@@ -154,6 +152,18 @@ def _with_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, weight
         for to, part in zip(_blocks(total[:true]), _blocks(gradient.t() @ hidden)):
             to += part  # whole, torch would make a copy of it in fp32 first
     return total
+
+
+def _scaled(matrix: Tensor, factor: Tensor, to: Tensor) -> Tensor:
+    """matrix times factor, a fp32 scalar, into `to` (possibly matrix itself), rounded once."""
+    if to.dtype == matrix.dtype and (to.dtype.itemsize > 2 or to.device.type == "cpu"):
+        return torch.mul(matrix, factor, out=to)  # in fp32 also of 16 bits, but a GPU would round the factor to them
+    for part, out in zip(_blocks(matrix), _blocks(to)):
+        if out.dtype.itemsize > 2:
+            out.copy_(part).mul_(factor)
+        else:
+            out.copy_(part.float() * factor)
+    return to
 
 
 def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:

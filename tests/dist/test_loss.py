@@ -160,3 +160,18 @@ def test_a_second_backward_is_right_or_refused():
         else:
             again = torch.autograd.grad(total, (h, w), torch.tensor(0.5))
             assert all(torch.equal(a, b) for a, b in zip(first, again))
+
+
+def test_gradients_are_scaled_in_fp32_and_rounded_once():
+    groups.ensure()
+    factor = torch.tensor(1 / 997)  # no 16-bit number
+    full, half = torch.float32, torch.bfloat16
+    for kept, wanted in ((full, full), (half, half), (half, full)):
+        h = torch.randn(50, 64, dtype=kept, requires_grad=True)
+        w = torch.randn(101, 64).to(wanted).requires_grad_()
+        targets, found = torch.arange(50), {}
+        for by in (torch.tensor(1.0), factor):
+            total, _ = loss.linear_cross_entropy(h, w, targets, 101)
+            found[by.item()] = torch.autograd.grad(total, (h, w), by)
+        for one, scaled in zip(found[1.0], found[factor.item()]):
+            assert torch.equal(scaled, (one.float() * factor).to(one.dtype))
