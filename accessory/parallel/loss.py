@@ -188,12 +188,11 @@ def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
     """How many of `count` tokens' logits exist at a time: as many as CHUNK_BYTES take, or all of them where a trained head's
     sum over several chunks would want as much memory; chunks of one size, since a small last one is slow."""
     most = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
-    summed = (
-        SUM_BYTES * weight.shape[1] if element_size < 4 else 0
-    )  # a token's share; fp32 is summed in its product's memory
+    # in logits' bytes; fp32 is summed in its product's memory
+    summed = SUM_BYTES * weight.shape[1] if element_size < 4 else 0
     if weight.requires_grad and element_size * count <= element_size * most + summed:
-        most = count
+        most = max(1, count)
     elif not weight.requires_grad and groups.device().type == "cpu":
         most = min(most, FROZEN_ROWS[min(element_size, 4)])
-    chunks = max(1, -(-count // max(1, most)))
+    chunks = max(1, -(-count // most))
     return max(1, -(-count // chunks))

@@ -175,3 +175,9 @@ def test_gradients_are_scaled_in_fp32_and_rounded_once():
             found[by.item()] = torch.autograd.grad(total, (h, w), by)
         for one, scaled in zip(found[1.0], found[factor.item()]):
             assert torch.equal(scaled, (one.float() * factor).to(one.dtype))
+    # a fp32 gradient for a weight of 16 bits: by blocks, as on a GPU; `h` and `w` are those of (half, full)
+    h, w, found = h.detach().float(), w.detach().to(half).requires_grad_(), {}
+    for weight in (w, w.detach().float().requires_grad_()):
+        total, _ = loss.linear_cross_entropy(h, weight, targets, 101)
+        found[weight.dtype] = torch.autograd.grad(total, weight, factor if weight is w else torch.tensor(1.0))[0]
+    assert torch.equal(found[half], (found[full] * factor).to(half))
