@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accessory.model import blocks
+from accessory.parallel import groups
 
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
 
@@ -31,7 +32,7 @@ class Segments:
         self.bounds: list[int] = cu_seqlens.tolist()
         self.longest = max((b - a for a, b in zip(self.bounds, self.bounds[1:])), default=0)
         self.alone = len(self.bounds) == 2
-        self.cu_seqlens = cu_seqlens.int().to(device, non_blocking=True)  # (S+1,)
+        self.cu_seqlens = groups.sent(cu_seqlens.int(), device)  # (S+1,)
         self.starts = self.cu_seqlens[:-1].long()
         self.kernel = _varlen_kernel(device)
 

@@ -27,6 +27,7 @@ from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named
 from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
 from accessory.model.swiglu import swiglu
+from accessory.model.targets import Targets, targets_of
 from accessory.parallel import groups
 from accessory.parallel.layers import (
     ColumnParallelLinear,
@@ -214,12 +215,14 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,  # (B, T) int64
-        labels: Tensor | None = None,  # (B, T): aligned with tokens, -100 = no loss; shifted by one inside
+        # (B, T): aligned with tokens, -100 = no loss; shifted by one inside. On the host, or a GPU is waited for
+        labels: Tensor | Targets | None = None,
         positions: Tensor | None = None,  # (B, T): for the rotary embedding; default 0, 1, ... in each sequence
         cu_seqlens: Tensor | Segments | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
         cache: Cache | None = None,
     ) -> Any:
         packed = segments(tokens, cu_seqlens)
+        targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
         if positions is None:
             positions = (
                 packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -235,29 +238,21 @@ class Transformer(nn.Module):
         for layer in self.layers:
             x = layer(x, turns, packed, cache)
         x = self.norm(x)
-        if labels is None:
+        if targets is None:
             x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)
             return gather_from_mp(linear(x, self.head))[..., : self.args.vocab_size]  # (B, T, V)
-        return self._loss(x, labels, packed)
+        return self._loss(x, targets)
 
     @property
     def head(self) -> Tensor:
         """The head's weight, this rank's (padded V)/mp rows: the embedding's own when they are tied."""
         return self.tok_embeddings.weight if self.args.tie_word_embeddings else self.output.weight
 
-    def _loss(self, x: Tensor, labels: Tensor, packed: Segments | None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        targets = labels[:, 1:].reshape(-1)
-        if packed:  # a sequence's first token is nobody's target
-            targets = targets.index_fill(0, packed.starts[1:] - 1, -100)
-        rows = (targets != -100).nonzero().squeeze(1)
-        # (N, D): only rows with a label go through the head
-        if x.dim() == 2:
-            most = max(1, labels.shape[1] - 1)
-            x = gather_rows(x, rows + rows // most)  # among all tokens, each sequence's last one too
-        else:
-            x = copy_to_mp(x[:, :-1].flatten(0, 1)[rows])
-        loss, correct = linear_cross_entropy(x, self.head, targets[rows], self.args.vocab_size)
-        return loss, torch.full((), len(rows), device=loss.device), {"correct": correct}
+    def _loss(self, x: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        # (M, D): only what has a target goes through the head
+        x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
+        loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
+        return loss, torch.full((), len(targets.ids), device=loss.device), {"correct": correct}
 
     def _check_window(self, length: int) -> None:
         window = self.args.sliding_window

@@ -149,6 +149,13 @@ def dp_mesh(data_parallel: str) -> DeviceMesh:
     return _cache[key]
 
 
+def sent(tensor: Tensor, to: torch.device) -> Tensor:
+    """A tensor of the host, on its way to a device: pinned, so that nobody waits for it."""
+    if tensor.device == to or tensor.device.type != "cpu":
+        return tensor.to(to)
+    return tensor.pin_memory().to(to, non_blocking=True)
+
+
 def all_reduce(tensor: Tensor, group: dist.ProcessGroup | None = None, op: str = "sum") -> Tensor:
     """In place, over `group` (None: the world); returns the tensor. Every rank of the group calls it."""
     dist.all_reduce(tensor, op={"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], group=group)

@@ -92,7 +92,8 @@ def scatter_tokens(addend: Tensor) -> Tensor:
 
 def gather_rows(part: Tensor, rows: Tensor) -> Tensor:
     """The tokens of these numbers (M,), rising, of (N/mp, D) of every rank: (M, D), the same on all. Only they are sent, as
-    many from each rank as from the one that has most. Backward: as of `gather_tokens`. Collective."""
+    many from each rank as from the one that has most. `rows` is on the host, where sizes are read. Backward: as of
+    `gather_tokens`. Collective."""
     mine = part.shape[0]
     owner = rows // mine
     counts = torch.bincount(owner, minlength=groups.mp_size())
@@ -100,7 +101,8 @@ def gather_rows(part: Tensor, rows: Tensor) -> Tensor:
     first, count, most = torch.stack((starts[groups.mp_rank()], counts[groups.mp_rank()], counts.max())).tolist()
     own, most = rows[first : first + count] - groups.mp_rank() * mine, max(1, most)
     own = F.pad(own, (0, most - count))  # fills up with row 0, which nobody takes
-    place = owner * most + torch.arange(len(rows), device=rows.device) - starts[owner]
+    place = owner * most + torch.arange(len(rows)) - starts[owner]
+    own, place = groups.sent(own, part.device), groups.sent(place, part.device)
     return _GatherTokens.apply(part[own])[place]
 
 

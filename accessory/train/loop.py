@@ -20,6 +20,7 @@ from accessory import log
 from accessory.config import flag
 from accessory.data.loader import Batch, eval_batches, train_windows, windows_per_epoch
 from accessory.model.attention import Segments
+from accessory.model.targets import Targets
 from accessory.parallel import groups
 from accessory.parallel.fsdp import gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
@@ -113,17 +114,11 @@ def every(steps: float, max_steps: int, windows: int) -> int:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on the device; the bounds of its sequences stay on the host, where they are read."""
-    if device.type == "cpu":
-        return batch
-    rows = {
-        name: t.pin_memory().to(device, non_blocking=True)
-        for name, t in batch._asdict().items()
-        if name != "cu_seqlens"
-    }
-    return batch._replace(
-        **rows, cu_seqlens=Segments(batch.cu_seqlens, device)
-    )  # FSDP would send a tensor to the device
+    """The batch's tensors on the device, but for what is read on the host: labels and the bounds of the sequences."""
+    rows = {name: groups.sent(getattr(batch, name), device) for name in ("tokens", "positions")}
+    packed = Segments(batch.cu_seqlens, device)
+    # neither is a plain tensor any more: FSDP would send those to the device
+    return batch._replace(**rows, cu_seqlens=packed, labels=Targets(batch.labels, device, packed))
 
 
 def fit(

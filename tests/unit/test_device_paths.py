@@ -99,7 +99,8 @@ def test_a_batch_on_a_device_keeps_its_bounds_on_the_host(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
     batch = collate(list(DATA[:3]))
     moved = to_device(batch, torch.device("meta"))
-    assert moved.tokens.is_meta and moved.labels.is_meta and moved.positions.is_meta
+    assert moved.tokens.is_meta and moved.positions.is_meta and moved.labels.rows.is_meta and moved.labels.ids.is_meta
+    assert not moved.labels.host_rows.is_meta
     assert (
         isinstance(moved.cu_seqlens, Segments)
         and moved.cu_seqlens.bounds == [0, 9, 14, 28]

@@ -1,0 +1,43 @@
+"""Which tokens have something to predict, and what: sorted out on the host, once a batch, so that a GPU is never waited for.
+
+    tokens   a b c | d e f        two sequences of a packed row
+    labels   - b c | - - f        aligned with the tokens; -100 (-): nothing is learnt
+    rows     0 1 4                where a label comes next, among all B T tokens; a sequence's first comes after nothing
+    ids      b c f
+
+Proof: tests/unit/test_targets.py.
+"""
+
+import torch
+from torch import Tensor
+
+from accessory.model.attention import Segments
+from accessory.parallel import groups
+
+IGNORED = -100  # a label that is no target
+
+
+class Targets:
+    """Of labels (B, T); `device` is the tokens', `packed` the bounds of the sequences in one row."""
+
+    def __init__(self, labels: Tensor, device: torch.device, packed: Segments | None = None):
+        self.shape = labels.shape
+        labels = labels.cpu()
+        last = [labels.shape[1] - 1] if packed is None else [end - 1 for end in packed.bounds[1:]]
+        following = labels.roll(-1, 1).index_fill(1, torch.tensor(last), IGNORED).flatten()
+        self.host_rows = (following != IGNORED).nonzero().squeeze(1)  # (M,), rising
+        ids = following[self.host_rows]
+        self.least, self.most = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
+        self.rows, self.ids = groups.sent(self.host_rows, device), groups.sent(ids, device)
+
+
+def targets_of(labels: Tensor | Targets, tokens: Tensor, packed: Segments | None, vocab_size: int) -> Targets:
+    """Raises ValueError where there is not a label for each token, or one is no token's id: the loss would be wrong, and
+    nothing else would tell."""
+    targets = labels if isinstance(labels, Targets) else Targets(labels, tokens.device, packed)
+    if targets.shape != tokens.shape:
+        raise ValueError(f"labels {tuple(targets.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
+    if targets.least < 0 or targets.most >= vocab_size:
+        wrong = targets.least if targets.least < 0 else targets.most
+        raise ValueError(f"labels: {wrong} is none of this model's {vocab_size} tokens; {IGNORED} is where nothing is learnt")
+    return targets

@@ -1,0 +1,85 @@
+"""Rows and ids against the definition, token by token; bad labels; a step that asks its device for no number."""
+
+import pytest
+import torch
+
+from accessory.data.loader import FILLER, collate
+from accessory.model import ModelArgs, Transformer, shard_dim
+from accessory.model.attention import Segments
+from accessory.model.llama import kv_copied
+from accessory.model.lora import TuningArgs, mark_trainable, partial_grad
+from accessory.model.pretrained import build
+from accessory.model.targets import IGNORED, Targets
+from accessory.parallel import groups
+from accessory.parallel.grads import GradientRules
+from accessory.train.loop import to_device
+from accessory.train.objectives import next_token
+from tests.gpu.bodies import LORA, TINY, counting, random_checkpoint
+
+CPU, META = torch.device("cpu"), torch.device("meta")
+
+
+def by_definition(labels: torch.Tensor, bounds: list[int]) -> list[tuple[int, int]]:
+    """(row, label): each sequence's tokens but the first, predicted from the one before."""
+    length, found = labels.shape[1], []
+    for b, row in enumerate(labels.tolist()):
+        for start, stop in zip(bounds, bounds[1:]):
+            found += [(b * length + t - 1, row[t]) for t in range(start + 1, stop) if row[t] != IGNORED]
+    return found
+
+
+@pytest.mark.parametrize("shape, cuts", [((3, 9), None), ((1, 9), None), ((1, 12), [0, 1, 5, 6, 12]), ((2, 1), None)])
+def test_rows_are_where_a_label_comes_next(shape: tuple[int, int], cuts: list[int] | None) -> None:
+    random = torch.Generator().manual_seed(3)
+    labels = torch.randint(50, shape, generator=random)
+    labels[torch.rand(shape, generator=random) < 0.3] = IGNORED
+    before = labels.clone()
+    packed = Segments(torch.tensor(cuts), CPU) if cuts else None
+    targets = Targets(labels, CPU, packed)
+    expected = by_definition(labels, cuts or [0, shape[1]])
+    assert list(zip(targets.rows.tolist(), targets.ids.tolist())) == expected
+    assert torch.equal(labels, before)
+
+
+def test_labels_that_fit_neither_tokens_nor_vocabulary() -> None:
+    groups.init(1, on="cpu")
+    model = Transformer(ModelArgs(**TINY)).to_empty(device="cpu").init_weights()
+    tokens = torch.arange(8).view(1, 8)
+    for wrong in (-1, TINY["vocab_size"]):
+        labels = tokens.clone()
+        labels[0, 5] = wrong
+        with pytest.raises(ValueError, match=f"labels: {wrong} is none of this model's 101 tokens; -100"):
+            model(tokens, labels=labels)
+    with pytest.raises(ValueError, match=r"labels \(1, 7\) for tokens \(1, 8\)"):
+        model(tokens, labels=tokens[:, 1:])
+    labels[0, 5], labels[0, 0] = 5, 10**6  # nobody's target
+    assert model(tokens, labels=labels)[1] == 7
+
+
+@pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+def test_a_step_reads_nothing_from_its_device(monkeypatch: pytest.MonkeyPatch, tuning: dict, checkpointing: str) -> None:
+    """On the meta device a tensor has no numbers: whatever would wait for a GPU's (a branch, a size that depends on them, a copy
+    to the host) raises here."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no meta device
+    groups.init(1, on="cpu")
+    checkpoint, args = random_checkpoint(TINY, torch.float32)
+    model = build(checkpoint, args, TuningArgs(**tuning))
+    model.freqs = model.freqs.to(META)
+    mark_trainable(model, TuningArgs(**tuning))
+    for layer in model.layers:
+        layer.checkpointing = checkpointing
+    rules = GradientRules(model, args.kv_heads, shard_dim, partial_grad, kv_copied)
+    examples = list(counting([9, 5, 14], TINY["vocab_size"], prompt=0.4))
+    monkeypatch.setattr(groups, "device", lambda: META)
+    for items in (examples, examples[:1], [FILLER]):
+        batch = to_device(collate(items), META)
+        loss, count, metrics = next_token(model.train(), batch)
+        (loss / count).backward()
+        rules.sum_partial()
+        results = (loss, count, metrics["correct"], rules.global_norm(), *(p.grad for p in rules.parameters))
+        assert all(x.is_meta for x in results)
+    for read in (loss.item, batch.tokens.nonzero, lambda: batch.tokens.cpu(), lambda: bool(count > 0)):
+        with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail
+            read()
