@@ -39,5 +39,7 @@ def targets_of(labels: Tensor | Targets, tokens: Tensor, packed: Segments | None
         raise ValueError(f"labels {tuple(targets.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
     if targets.least < 0 or targets.most >= vocab_size:
         wrong = targets.least if targets.least < 0 else targets.most
-        raise ValueError(f"labels: {wrong} is none of this model's {vocab_size} tokens; {IGNORED} is where nothing is learnt")
+        raise ValueError(
+            f"labels: {wrong} is none of this model's {vocab_size} tokens; {IGNORED} is where nothing is learnt"
+        )
     return targets

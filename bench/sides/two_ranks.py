@@ -27,7 +27,8 @@ WORLD, RATE, CLIP = 2, 1e-4, 1.0
 Way = tuple[Callable[[Tensor], Tensor], float]  # (step(tokens (B, T)) -> this rank's mean loss, bytes by the formula)
 
 
-def ours(data: dict, settings: dict, mp: int) -> Way:
+def ours(data: dict, settings: dict, mp: int, exchanges: bool = True) -> Way:
+    """`exchanges`: without, FSDP gathers and scatters by gloo's own collectives."""
     from accessory.model.lora import TuningArgs
     from bench.sides import own_step
 
@@ -35,8 +36,20 @@ def ours(data: dict, settings: dict, mp: int) -> Way:
     tuning = TuningArgs(lora_rank=settings["lora_rank"]) if settings.get("lora_rank") else None
     parallel = own_step.ParallelArgs(precision="fp32", model_parallel_size=mp, compile=settings.get("compile", False))
     model, args = own_step.load(data["model"], parallel, tuning)
+    if not exchanges:
+        use_gloo(model)
     step = own_step.Step(model, args.kv_heads)
     return lambda tokens: step(tokens, tokens), formula(model, args, settings, mp)
+
+
+def use_gloo(model) -> None:
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard._fsdp_collectives import DefaultAllGather, DefaultReduceScatter
+
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_custom_all_gather(DefaultAllGather())
+            module.set_custom_reduce_scatter(DefaultReduceScatter())
 
 
 def formula(model, args, settings: dict, mp: int) -> float:
@@ -164,6 +177,7 @@ def plain(tensor: Tensor) -> Tensor:
 WAYS: dict[str, Callable[[dict, dict], Way]] = {
     "ours_mp": lambda d, s: ours(d, s, WORLD),
     "ours_dp": lambda d, s: ours(d, s, 1),
+    "ours_dp_gloo": lambda d, s: ours(d, s, 1, exchanges=False),
     "dtensor": lambda d, s: tensor_parallel(d, s, sequence=False),
     "dtensor_sequence": lambda d, s: tensor_parallel(d, s, sequence=True),
     "hf_fully_shard": fully_sharded,

@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Sequence
+from typing import Any, Callable, Sequence
 
 import numpy as np
 import torch
@@ -134,6 +134,7 @@ def train(
     validate: bool = False,
     sample: bool = False,
     draw_on: str | None = None,
+    objective: Callable = objectives.next_token,
     **parallel_flags: Any,
 ) -> Run:
     """`steps` optimizer steps of main_finetune's own path on one rank. `dtype`: the file's, which frozen weights keep.
@@ -157,7 +158,7 @@ def train(
     )
     run_log = log.RunLog(directory, 0, (), None, steps)
     state = loop.fit(
-        model, optimizer, rules, objectives.next_token, data, TrainState(), loop_args, optim_args,
+        model, optimizer, rules, objective, data, TrainState(), loop_args, optim_args,
         precision=parallel.precision, data_parallel=parallel.data_parallel, num_workers=0, run_log=run_log,
         evaluate=(lambda: loop.evaluate(model, objectives.next_token, data[:3], 2, False)) if validate else None,
         sample=(lambda step: generate(model, [[3, 4, 5], [6]], 3)) if sample else None, save_best=False, save=lambda s: None,
@@ -173,6 +174,25 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
+
+
+def steps_wait_for_nothing(directory: Path, device: str, sizes: dict, data: Examples, **options: Any) -> None:
+    """From the third step to the last, whatever lets the host wait for the GPU raises: torch's own watch over it."""
+    steps, seen = 8, 0
+
+    def watched(model: torch.nn.Module, batch: Any) -> Any:
+        nonlocal seen
+        seen += 1
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("error" if 3 <= seen < steps else "default")
+        return objectives.next_token(model, batch)
+
+    try:
+        train(directory, device, sizes, data, steps=steps, objective=watched, **options)
+    finally:
+        if device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+    assert seen == steps
 
 
 def logits_and_loss_are_those_of_transformers(

@@ -97,6 +97,11 @@ def test_lora_checkpointed_and_compiled_learns_what_eager_learns(tmp_path, preci
     )
 
 
+@pytest.mark.parametrize("options", [{}, {"tuning": LORA, "compile": True}, {"precision": "fp16"}], ids=str)
+def test_steps_wait_for_nothing(tmp_path, options: dict) -> None:
+    bodies.steps_wait_for_nothing(tmp_path, "cuda", SMALL, DATA, **options)
+
+
 def test_fp16_scales_its_loss(tmp_path) -> None:
     bodies.fp16_scales_its_loss(tmp_path, "cuda", SMALL, DATA, bound=2e-2, steps=16, tuning=LORA, lr=1e-2)
 

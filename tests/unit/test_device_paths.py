@@ -147,6 +147,10 @@ def test_bf16_learns_what_fp32_learns(tmp_path) -> None:
     ).any()
 
 
+def test_steps_wait_for_nothing(tmp_path) -> None:
+    bodies.steps_wait_for_nothing(tmp_path, "cpu", TINY, DATA)  # what a CPU can tell is in test_targets.py
+
+
 def test_fp16_scales_its_loss(tmp_path) -> None:
     bodies.fp16_scales_its_loss(tmp_path, "cpu", TINY, DATA, bound=2e-2, steps=12, tuning=LORA, lr=1e-2)
 

@@ -58,7 +58,9 @@ def test_labels_that_fit_neither_tokens_nor_vocabulary() -> None:
 
 @pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_step_reads_nothing_from_its_device(monkeypatch: pytest.MonkeyPatch, tuning: dict, checkpointing: str) -> None:
+def test_a_step_reads_nothing_from_its_device(
+    monkeypatch: pytest.MonkeyPatch, tuning: dict, checkpointing: str
+) -> None:
     """On the meta device a tensor has no numbers: whatever would wait for a GPU's (a branch, a size that depends on them, a copy
     to the host) raises here."""
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
