@@ -3,7 +3,7 @@
     python -m bench.run growth --threads 1 -> growth-cpu-1.json -> a Markdown table a curve, growth-cpu-1-curves.png beside it
 
 Speed: the share of this machine's GEMM rate (fp32, measured in the same run) that a step's arithmetic took. Memory: measured
-over the formula's. Bytes: sent over the formula's. The formulae are in bench/sides/grow.py and two_ranks.py.
+over the formula's. Bytes: sent over the formula's. The formulae are in bench/sides/grow.py and ranks.py.
 """
 
 import argparse
@@ -14,6 +14,8 @@ from typing import Any
 
 Point = dict[str, float]
 TITLES = {"length": "sequence length", "vocabulary": "vocabulary", "lora": "LoRA rank"}
+RANKS = {"mp": "model-parallel ranks", "dp": "data-parallel ranks"}
+RANKS |= {f"{curve}_lora": f"{name}, LoRA" for curve, name in RANKS.items()}
 
 
 def points(result: dict[str, Any]) -> dict[str, list[Point]]:
@@ -26,7 +28,10 @@ def points(result: dict[str, Any]) -> dict[str, list[Point]]:
         middle = {key: statistics.median(f["more"][key] for f in found) for key in found[0]["more"]}
         speed = statistics.median(f["tokens"] / statistics.median(f[result["clock"]]) for f in found)
         point = middle | {"speed": speed, "peak_mb": statistics.median(f["peak_mb"] for f in found)}
-        curves.setdefault(side["settings"]["curve"], []).append(point | {"x": side["settings"]["x"]})
+        point |= {"x": side["settings"]["x"], "length": side["settings"]["length"]}
+        if "sent_mb" in point:
+            point |= {k: 1e6 * middle[f"{k}_mb"] * point["x"] / found[0]["tokens"] for k in ("sent", "formula")}
+        curves.setdefault(side["settings"]["curve"], []).append(point)
     return curves
 
 
@@ -34,21 +39,22 @@ def tables(curves: dict[str, list[Point]], gflops: float) -> list[str]:
     lines = []
     for curve, found in curves.items():
         sent = "sent_mb" in found[0]
-        lines += ["", f"**{TITLES.get(curve, curve)}**", ""]
+        lines += ["", f"**{(TITLES | RANKS)[curve]}**", ""]
         lines += (
-            ["| tokens a sequence | tokens/s | sent MB | formula | sent / formula |"]
+            ["| | tokens a sequence | tokens/s | bytes a token, all ranks | formula | sent / formula |"]
             if sent
             else ["| | tokens/s | of GEMM | extra MB | formula | measured / formula |"]
         )
-        lines.append("|---" * (5 if sent else 6) + "|")
+        lines.append("|---" * 6 + "|")
         for p in found:
             if sent:
-                cells = [f"{p['sent_mb']:.2f}", f"{p['formula_mb']:.2f}", f"{p['sent_mb'] / p['formula_mb']:.4f}"]
+                cells = [f"{p['sent']:,.0f}", f"{p['formula']:,.0f}", f"{p['sent'] / p['formula']:.4f}"]
             else:
                 share = p["speed"] * p["mflops"] / 1e3 / gflops
                 cells = [f"{share:.0%}", f"{p['extra_mb']:.0f}", f"{p['formula_mb']:.0f}"]
                 cells.append(f"{p['extra_mb'] / p['formula_mb']:.2f}")
-            lines.append("| " + " | ".join([f"{p['x']:,}", f"{p['speed']:,.0f}", *cells]) + " |")
+            first = [f"{p['x']:,}", f"{p['length']:,}"] if sent else [f"{p['x']:,}"]
+            lines.append("| " + " | ".join([*first, f"{p['speed']:,.0f}", *cells]) + " |")
     return lines
 
 
@@ -58,18 +64,26 @@ def draw(curves: dict[str, list[Point]], gflops: float, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown = [c for c in TITLES if c in curves]
+    shown = [c for c in TITLES | RANKS if c in curves]
     figure, axes = plt.subplots(2, len(shown), figsize=(4 * len(shown), 6), squeeze=False)
     for column, curve in enumerate(shown):
-        x = [p["x"] for p in curves[curve]]
-        rows = (
-            ("tokens a second", "speed", [gflops * 1e3 / p["mflops"] for p in curves[curve]], "GEMM rate / arithmetic"),
-            ("MB of a step", "extra_mb", [p["formula_mb"] for p in curves[curve]], "formula"),
+        found = [p for p in curves[curve] if curve in TITLES or p["length"] == curves[curve][-1]["length"]]
+        rows: tuple = (
+            ("tokens a second", "speed", None, ""),
+            ("bytes a token, all ranks", "sent", "formula", "formula"),
         )
+        if curve in TITLES:
+            for p in found:
+                p["limit"] = gflops * 1e3 / p["mflops"]
+            rows = (
+                ("tokens a second", "speed", "limit", "GEMM rate / arithmetic"),
+                ("MB of a step", "extra_mb", "formula_mb", "formula"),
+            )
         for axis, (label, key, formula, name) in zip(axes[:, column], rows):
-            axis.plot(x, [p[key] for p in curves[curve]], "o-", label="measured")
-            axis.plot(x, formula, "--", label=name)
-            axis.set(xscale="log", yscale="log", xlabel=TITLES[curve], ylabel=label)
+            axis.plot([p["x"] for p in found], [p[key] for p in found], "o-", label="measured")
+            if formula:
+                axis.plot([p["x"] for p in found], [p[formula] for p in found], "--", label=name)
+            axis.set(xscale="log", yscale="log", xlabel=(TITLES | RANKS)[curve], ylabel=label)
             axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -125,14 +125,19 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     return state
 
 
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def read_state(path: Path) -> dict[str, Any]:
+    """The state that was saved with the checkpoint `path`. Raises ValueError where this version cannot continue from it."""
     state = read_json(path / "resume" / STATE)
     if state.get("format_version") != FORMAT_VERSION:
         raise ValueError(
             f"--resume {path}: its state is of format {state.get('format_version')}, this version reads {FORMAT_VERSION}: finish "
             "the run with the version that saved it, or start anew from its weights in another --output_dir"
         )
-    files, held = StateFiles(path / "resume"), pieces(model)
+    return state
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    state, files, held = read_state(path), StateFiles(path / "resume"), pieces(model)
     parameters = dict(model.named_parameters())
     _check_names(path, files, {n: held[n].shape for n in held}, {n for n, p in parameters.items() if p.requires_grad})
     for name in files.names():

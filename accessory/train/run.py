@@ -30,11 +30,11 @@ from accessory.train.profile import Phases, check_steps, profile_of, time_line
 from accessory.train.start import (
     RunArgs,
     calibration_tokens,
-    continue_from,
     find_start,
     materialise,
     open_start,
     open_tokenizer,
+    state_at,
     with_saved_batch,
 )
 from accessory.train.state import Stopwatch, TrainState
@@ -89,8 +89,17 @@ def train(
     if run.dry_run:
         return
 
-    clock = Stopwatch()
-    calibrate_on, tokens = None, calibration_tokens(parallel, args, loop_args.as_test)
+    tokens = calibration_tokens(parallel, args, loop_args.as_test)
+    position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
+    position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
+    position |= {"calibration_tokens": tokens} if parallel.quant else {}
+    state = state_at(resumed, position) if resumed is not None else TrainState()
+    state.data = position
+    if (ended := over(state, max_steps, loop_args)) is not None:
+        log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
+        return
+
+    clock, calibrate_on = Stopwatch(), None
     if tokens:
         log.say(f"rounding to {parallel.quant} by what it does to {tokens:,} training tokens", groups.rank())
         ranks = {"dp_rank": groups.dp_rank(), "dp_size": groups.dp_size()}
@@ -98,14 +107,9 @@ def train(
     materialise(model, checkpoint, parallel, loop_args.seed, calibrate_on)
     log.say(f"weights {'loaded' if run.pretrained_path else 'drawn'} in {clock.lap():.1f} s", groups.rank())
     optimizer = optim.adamw(model, optimizer_args)
-    position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
-    position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
-    position |= {"calibration_tokens": tokens} if parallel.quant else {}
-    state = continue_from(resumed, model, optimizer, position) if resumed is not None else TrainState()
-    state.data = position
-    if (ended := over(state, max_steps, loop_args)) is not None:
-        log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
-        return
+    if resumed is not None:
+        resume.load(resumed, model, optimizer)
+        log.say(f"continuing from {resumed}, step {state.step}", groups.rank())
 
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     template = getattr(train_set, "template", None)

@@ -1,6 +1,6 @@
 """What a run starts from: an earlier checkpoint of it, weights on disk or drawn anew, an adapter, the tokenizer.
 
-    find_start -> open_start: checkpoint, sizes, tuning -> open_tokenizer -> materialise -> continue_from
+    find_start -> open_start: checkpoint, sizes, tuning -> open_tokenizer -> state_at -> materialise
 
 Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pretrain.py
 """
@@ -133,9 +133,9 @@ def find_start(run: RunArgs, directory: Path) -> Path | None:
 
 def with_saved_batch(args: loop.LoopArgs, resumed: Path) -> loop.LoopArgs:
     """On another number of data-parallel ranks a run goes on with the batch it had: the same sequences in every step, cut
-    into more or fewer micro batches. Flags that ask for another batch are left for `continue_from` to refuse."""
+    into more or fewer micro batches. Flags that ask for another batch are left for `state_at` to refuse."""
     then = json.loads((resumed / resume.MANIFEST).read_text())["dp"]
-    saved = json.loads((resumed / "resume" / resume.STATE).read_text())["data"].get("sequences_per_step")
+    saved = resume.read_state(resumed)["data"].get("sequences_per_step")
     now = groups.dp_size()
     if saved is None or then == now or args.global_batch_size is not None or args.sequences_per_step(now) == saved:
         return args
@@ -229,11 +229,10 @@ def materialise(
     shard(model)
 
 
-def continue_from(
-    path: Path, model: Transformer, optimizer: torch.optim.Optimizer, position: dict[str, Any]
-) -> TrainState:
-    """Weights, moments and position of a checkpoint. Raises ValueError when the order of samples would differ."""
-    saved = resume.load(path, model, optimizer)
+def state_at(path: Path, position: dict[str, Any]) -> TrainState:
+    """Where the checkpoint `path` stands; its weights and moments are `resume.load`'s. Raises ValueError when the order of
+    samples would differ."""
+    saved = resume.read_state(path)
     state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
     for key, name in (
         ("fingerprint", "the training data, tokenizer or data flags"),
@@ -246,7 +245,6 @@ def continue_from(
             raise ValueError(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
             )
-    log.say(f"continuing from {path}, step {state.step}", groups.rank())
     if (then := state.data.get("optim_states", "fp32")) != position["optim_states"]:
         log.say(
             f"the moments were {then} until now, they go on as --optim_states {position['optim_states']}", groups.rank()

@@ -1,6 +1,6 @@
 """How ours grows: speed and memory against sequence length, vocabulary and LoRA rank on one rank, and bytes sent against ranks.
 
-No peers. Programs: bench/sides/grow.py, bench/sides/two_ranks.py. `python -m bench.growth RESULT.json` puts the formulae beside
+No peers. Programs: bench/sides/grow.py, bench/sides/ranks.py. `python -m bench.growth RESULT.json` puts the formulae beside
 it and draws the curves."""
 
 from bench.rows import OURS, Row, Side
@@ -25,10 +25,10 @@ def point(curve: str, x: int, length: int = 1024, lora_rank: int = 0, **sizes) -
     return Side(f"ours_{curve}_{x}", OURS, "grow", settings)
 
 
-def parallel(way: str, length: int, lora_rank: int = 0) -> Side:
+def parallel(way: str, world: int, length: int, lora_rank: int = 0) -> Side:
     curve = f"{way.removeprefix('ours_')}{'_lora' if lora_rank else ''}"
-    settings = PARALLEL | {"way": way, "curve": curve, "x": length, "length": length, "lora_rank": lora_rank}
-    return Side(f"ours_{curve}_{length}", OURS, "two_ranks", settings)
+    settings = {"way": way, "curve": curve, "x": world, "world": world, "length": length, "lora_rank": lora_rank}
+    return Side(f"ours_{curve}_{world}_{length}", OURS, "ranks", PARALLEL | settings)
 
 
 def prepare(directory, device: str) -> dict:
@@ -44,8 +44,8 @@ ROW = Row(
         *(point("length", n, length=n) for n in LENGTHS),
         *(point("vocabulary", v, vocab_size=v) for v in VOCABULARIES),
         *(point("lora", r, lora_rank=r) for r in LORA_RANKS),
-        *(parallel(way, length) for way in ("ours_mp", "ours_dp") for length in (128, 512)),
-        *(parallel(way, 512, lora_rank=16) for way in ("ours_mp", "ours_dp")),
+        *(parallel(way, *at) for way in ("ours_mp", "ours_dp") for at in ((2, 128), (2, 512), (4, 512))),
+        *(parallel(way, world, 512, lora_rank=16) for way in ("ours_mp", "ours_dp") for world in (2, 4)),
     ],
     [],
     prepare,

@@ -1,5 +1,5 @@
 """Two ranks on one machine: model parallel beside torch's DTensor, data parallel beside fully_shard of transformers' model; and
-the bytes sent beside the formula. Program: bench/sides/two_ranks.py.
+the bytes sent beside the formula. Program: bench/sides/ranks.py.
 
 --threads 1 gives each rank one thread, and compares the CPU time of both together."""
 
@@ -29,7 +29,7 @@ def small_model(directory, sizes: dict) -> dict:
 def row(name: str, what: str, ours: str, peers: dict[str, tuple[str, str]], goals: list[Goal]) -> Row:
     ways = {ours: (OURS, OURS)} | peers
     sides = [
-        Side(way + end, env, "two_ranks", SHAPE | {"way": way, "compile": bool(end)}, peer)
+        Side(way + end, env, "ranks", SHAPE | {"way": way, "compile": bool(end)}, peer)
         for way, (env, peer) in ways.items()
         for end in ("", "_compile")
     ]

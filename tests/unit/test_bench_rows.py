@@ -124,12 +124,15 @@ def test_curves_take_medians_and_leave_failures_out(tmp_path, monkeypatch, capsy
         more = {"extra_mb": 50.0, "formula_mb": 40.0, "mflops": 1.0}
         return {"tokens": 100, "cpu_seconds": [seconds], "peak_mb": 1.0, "more": more}
 
-    sides = [{"name": n, "settings": {"curve": "length", "x": x}} for n, x in (("a", 256), ("b", 512))]
-    rounds = [{"a": printed(s), "b": {"error": "no"}} for s in (1.0, 2.0, 50.0)]
+    sides = [{"name": n, "settings": {"curve": "length", "x": x, "length": x}} for n, x in (("a", 256), ("b", 512))]
+    sides.append({"name": "c", "settings": {"curve": "mp", "x": 4, "length": 25}})
+    ranks = printed(2.0) | {"more": {"sent_mb": 3.0, "formula_mb": 2.0}}  # of one rank of four, for 100 tokens
+    rounds = [{"a": printed(s), "b": {"error": "no"}, "c": ranks} for s in (1.0, 2.0, 50.0)]
     curves = growth.points(result_of(sides, rounds))
     assert [p["x"] for p in curves["length"]] == [256] and curves["length"][0]["speed"] == 50.0
     path = tmp_path / "growth.json"
     path.write_text(json.dumps(result_of(sides, rounds)))
     monkeypatch.setattr("sys.argv", ["growth", str(path)])
     growth.main()
-    assert "| 256 | 50 | 0% | 50 | 40 | 1.25 |" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "| 256 | 50 | 0% | 50 | 40 | 1.25 |" in told and "| 4 | 25 | 50 | 120,000 | 80,000 | 1.5000 |" in told

@@ -1,6 +1,6 @@
 """Training steps on several gloo (NCCL) ranks of one machine; the program starts its ranks itself.
 
-settings: way (WAYS), batch, length, units, compile. data: model (a directory of consolidated.00.pth and params.json), hf (the same for
+settings: way (WAYS), batch, length, units, compile, world (ranks; none: two). data: model (a directory of consolidated.00.pth and params.json), hf (the same for
 transformers). Every way: fp32, the same weights and tokens, forward, backward, clipping by the norm over all ranks, fused
 AdamW. CPU time is that of all ranks together; more.sent_mb what rank 0 sends in a step (traffic.py), more.formula_mb what it
 should be, of ours.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from bench import measure
 from bench.sides.traffic import Traffic
 
-WORLD, RATE, CLIP = 2, 1e-4, 1.0
+RATE, CLIP = 1e-4, 1.0
 Way = tuple[Callable[[Tensor], Tensor], float]  # (step(tokens (B, T)) -> this rank's mean loss, bytes by the formula)
 
 
@@ -61,7 +61,7 @@ def formula(model, args, settings: dict, mp: int) -> float:
     backward, the embedding's and the head's once, every gradient of a trained one reduced and scattered."""
     from accessory.model.lora import partial_grad
 
-    dp, B, T = WORLD // mp, settings["batch"], settings["length"]
+    dp, B, T = settings["world"] // mp, settings["batch"], settings["length"]
     rows = B * (T - 1)
     addends = sum(p.numel() for n, p in model.named_parameters() if p.requires_grad and partial_grad(n))
     sums = 4 * args.n_layers + (1 if model.tok_embeddings.weight.requires_grad else 0)
@@ -84,7 +84,9 @@ def tensor_parallel(data: dict, settings: dict, sequence: bool) -> Way:
     model = Llama(json.loads((files / "params.json").read_text()))
     model.load_state_dict(torch.load(files / "consolidated.00.pth", weights_only=True))
     model = model.to(settings["device"])
-    parallelize_module(model, init_device_mesh(torch.device(settings["device"]).type, (WORLD,)), plan(model, sequence))
+    parallelize_module(
+        model, init_device_mesh(torch.device(settings["device"]).type, (settings["world"],)), plan(model, sequence)
+    )
     compiled(model.layers, settings)
     update = updater(model)
 
@@ -175,7 +177,7 @@ def plain(tensor: Tensor) -> Tensor:
 
 
 WAYS: dict[str, Callable[[dict, dict], Way]] = {
-    "ours_mp": lambda d, s: ours(d, s, WORLD),
+    "ours_mp": lambda d, s: ours(d, s, s["world"]),
     "ours_dp": lambda d, s: ours(d, s, 1),
     "ours_dp_gloo": lambda d, s: ours(d, s, 1, exchanges=False),
     "dtensor": lambda d, s: tensor_parallel(d, s, sequence=False),
@@ -185,24 +187,28 @@ WAYS: dict[str, Callable[[dict, dict], Way]] = {
 SAME_TOKENS = ("ours_mp", "dtensor", "dtensor_sequence")  # of all ranks; the others see their own
 
 
+def world_of(settings: dict) -> int:
+    return settings.get("world", 2)
+
+
 def one_rank() -> None:
     work = measure.begin()
     data, settings, device = work["data"], work["settings"], work["device"]
-    rank = int(os.environ["RANK"])
+    rank, world = int(os.environ["RANK"]), world_of(settings)
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    step, expected = WAYS[settings["way"]](data, settings | {"device": device})
+    step, expected = WAYS[settings["way"]](data, settings | {"device": device, "world": world})
     seed = 0 if settings["way"] in SAME_TOKENS else rank
     shape, draw = (settings["batch"], settings["length"]), torch.Generator().manual_seed(seed)
     tokens, losses = torch.randint(data["vocab"], shape, generator=draw).to(device), []
-    with Traffic(WORLD) as sent:
+    with Traffic(world) as sent:
         losses.append(step(tokens))
     timed = measure.timed(lambda: losses.append(step(tokens)), 1, settings["units"], device)
-    everyone: list[Any] = [None] * WORLD
+    everyone: list[Any] = [None] * world
     dist.all_gather_object(everyone, {"loss": [float(x) for x in losses[:2]]} | timed)
     if rank == 0:
-        spread = 1 if seed == 0 and settings["way"] in SAME_TOKENS else WORLD
+        spread = 1 if seed == 0 and settings["way"] in SAME_TOKENS else world
         more = {"sent_mb": sent.wire / 1e6, "formula_mb": expected / 1e6}
         more |= {
             f"{kind}_{what}": n for kind, entry in sent.calls.items() for what, n in zip(("calls", "bytes"), entry)
@@ -210,7 +216,7 @@ def one_rank() -> None:
         if expected:
             more["sent_over_formula"] = sent.wire / expected
         measure.report(
-            loss=[sum(values) / WORLD for values in zip(*(e["loss"] for e in everyone))],
+            loss=[sum(values) / world for values in zip(*(e["loss"] for e in everyone))],
             tokens=tokens.numel() * spread,
             seconds=timed["seconds"],
             cpu_seconds=[sum(unit) for unit in zip(*(e["cpu_seconds"] for e in everyone))],
@@ -223,12 +229,13 @@ def one_rank() -> None:
 
 def main() -> int:
     """Starts the ranks; the first one prints the result."""
+    world = world_of(json.loads(Path(sys.argv[1]).read_text())["settings"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD)}
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
     ranks = [
         subprocess.Popen([sys.executable, *sys.argv], env=os.environ | where | {"RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(WORLD)
+        for r in range(world)
     ]
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         time.sleep(0.05)
