@@ -34,9 +34,9 @@ class Targets:
 def targets_of(labels: Tensor | Targets, tokens: Tensor, packed: Segments | None, vocab_size: int) -> Targets:
     """Raises ValueError where there is not a label for each token, or one is no token's id: the loss would be wrong, and
     nothing else would tell."""
+    if labels.shape != tokens.shape:
+        raise ValueError(f"labels {tuple(labels.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
     targets = labels if isinstance(labels, Targets) else Targets(labels, tokens.device, packed)
-    if targets.shape != tokens.shape:
-        raise ValueError(f"labels {tuple(targets.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
     if targets.least < 0 or targets.most >= vocab_size:
         wrong = targets.least if targets.least < 0 else targets.most
         raise ValueError(

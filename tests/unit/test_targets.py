@@ -50,8 +50,9 @@ def test_labels_that_fit_neither_tokens_nor_vocabulary() -> None:
         labels[0, 5] = wrong
         with pytest.raises(ValueError, match=f"labels: {wrong} is none of this model's 101 tokens; -100"):
             model(tokens, labels=labels)
-    with pytest.raises(ValueError, match=r"labels \(1, 7\) for tokens \(1, 8\)"):
-        model(tokens, labels=tokens[:, 1:])
+    for bounds in (None, torch.tensor([0, 3, 8])):
+        with pytest.raises(ValueError, match=r"labels \(1, 7\) for tokens \(1, 8\)"):
+            model(tokens, labels=tokens[:, 1:], cu_seqlens=bounds)
     labels[0, 5], labels[0, 0] = 5, 10**6  # nobody's target
     assert model(tokens, labels=labels)[1] == 7
 
