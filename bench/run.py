@@ -122,9 +122,10 @@ def run_row(row: Row, sides: list[Side], device: str, threads: int, rounds: int,
     whole = [x for x in limits if "error" not in x]
     limit = {k: statistics.median(x[k] for x in whole) for k in whole[0]} if whole else limits[0]
     lines = verdict.table(row, printed, clock, limit, data.get("flops_per_token"))
+    only = "" if len(sides) == len(row.sides) else f" --only {','.join(s.name for s in sides)}"
     told = {
         "row": row.name, "what": row.what, "device": device, "threads": threads, "clock": clock, "machine": machine(),
-        "command": f"python -m bench.run {row.name} --device {device} --threads {threads} --rounds {rounds}",
+        "command": f"python -m bench.run {row.name} --device {device} --threads {threads} --rounds {rounds}{only}",
         "limits": limit, "data": _small(data), "sides": [asdict(s) for s in sides], "rounds": printed,
         "goals": verdict.judge(row, printed, clock), "table": lines,
     }  # fmt: skip

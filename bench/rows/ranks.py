@@ -9,7 +9,7 @@ from bench.rows import OURS, Goal, Row, Side
 
 SIZES = {"dim": 512, "n_layers": 6, "n_heads": 8, "n_kv_heads": 4, "hidden_dim": 1408, "vocab_size": 8192}
 SIZES |= {"norm_eps": 1e-5, "rope_theta": 10000.0}
-SHAPE = {"batch": 2, "length": 256, "units": 4}
+SHAPE = {"world": 2, "batch": 2, "length": 256, "units": 4}
 
 
 def prepare(directory, device: str) -> dict:

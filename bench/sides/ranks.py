@@ -1,6 +1,6 @@
 """Training steps on several gloo (NCCL) ranks of one machine; the program starts its ranks itself.
 
-settings: way (WAYS), batch, length, units, compile, world (ranks; none: two). data: model (a directory of consolidated.00.pth and params.json), hf (the same for
+settings: way (WAYS), world (ranks), batch, length, units, compile. data: model (a directory of consolidated.00.pth and params.json), hf (the same for
 transformers). Every way: fp32, the same weights and tokens, forward, backward, clipping by the norm over all ranks, fused
 AdamW. CPU time is that of all ranks together; more.sent_mb what rank 0 sends in a step (traffic.py), more.formula_mb what it
 should be, of ours.
@@ -187,18 +187,14 @@ WAYS: dict[str, Callable[[dict, dict], Way]] = {
 SAME_TOKENS = ("ours_mp", "dtensor", "dtensor_sequence")  # of all ranks; the others see their own
 
 
-def world_of(settings: dict) -> int:
-    return settings.get("world", 2)
-
-
 def one_rank() -> None:
     work = measure.begin()
     data, settings, device = work["data"], work["settings"], work["device"]
-    rank, world = int(os.environ["RANK"]), world_of(settings)
+    rank, world = int(os.environ["RANK"]), settings["world"]
     if device == "cuda":
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
-    step, expected = WAYS[settings["way"]](data, settings | {"device": device, "world": world})
+    step, expected = WAYS[settings["way"]](data, settings | {"device": device})
     seed = 0 if settings["way"] in SAME_TOKENS else rank
     shape, draw = (settings["batch"], settings["length"]), torch.Generator().manual_seed(seed)
     tokens, losses = torch.randint(data["vocab"], shape, generator=draw).to(device), []
@@ -229,7 +225,7 @@ def one_rank() -> None:
 
 def main() -> int:
     """Starts the ranks; the first one prints the result."""
-    world = world_of(json.loads(Path(sys.argv[1]).read_text())["settings"])
+    world = json.loads(Path(sys.argv[1]).read_text())["settings"]["world"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(world)}
