@@ -4,7 +4,8 @@
                  -> losses agree? -> ratios of neighbours, their medians -> table (stdout), ROW-cpu-2.json, ROW-cpu-2.png
 
 Without a ROW it lists the rows with their goals. Ours runs in this interpreter, peers in those of `python -m bench.peers`. A side
-that fails is an error row with its last words, and never a win for anybody. --threads 1 compares CPU time, which neighbours on
+that fails is an error row with its last words, and never a win for anybody; so is a peer's in bf16 on a CPU without instructions for
+it (ours takes such products in fp32: accessory/parallel/products.py). --threads 1 compares CPU time, which neighbours on
 the machine disturb least; more threads compare wall time. What is compared with what: bench/rows; how: bench/verdict.py.
 """
 
@@ -85,6 +86,8 @@ def run_process(
 
 def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratch: Path) -> dict[str, Any]:
     python = Path(sys.executable) if side.env == OURS else peers.python_of(side.env)
+    if side.env != OURS and side.precision == "bf16" and device == "cpu" and not multiplies_bf16():
+        return {"error": "left out: this CPU has no instructions for bf16, a step would take minutes"}
     if not python.exists():
         return {"error": f"no environment {side.env}: python -m bench.peers {side.env}"}
     work = {"data": data, "settings": side.settings, "device": device, "threads": threads}
@@ -96,6 +99,14 @@ def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratc
     if "error" not in result and (missing or not result["seconds"]):
         return {"error": f"it did not report {missing[0] if missing else 'any timed unit'}"}
     return result
+
+
+def multiplies_bf16() -> bool:
+    import torch
+
+    from accessory.parallel import products
+
+    return products.CPU_MULTIPLIES[torch.bfloat16]
 
 
 def run_limits(data: dict[str, Any], device: str, threads: int, scratch: Path) -> dict[str, Any]:

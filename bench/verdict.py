@@ -97,7 +97,8 @@ def table(row: Row, rounds: Rounds, clock: str, limits: dict[str, float], flops:
         speed, seconds, peak = (
             statistics.median(value(r, m, clock) for r in results) for m in ("speed", "seconds", "peak_mb")
         )
-        rate = limits.get(f"{'bf16' if side.precision == 'bf16' else 'fp32'}_gflops")
+        kinds = ("fp32", "bf16") if side.precision == "bf16" else ("fp32",)  # a product of 16 bit may be taken in fp32
+        rate = max(limits.get(f"{kind}_gflops", 0) for kind in kinds)
         share = f"{speed * flops / rate / 1e9:.0%}" if rate and flops else ""
         loss = results[0]["loss"]
         what = disagreement(row, rounds, side)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accessory.model import blocks
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
 
@@ -76,7 +76,8 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H|K, T|S, Dh)
+    dtype = q.dtype
+    q, k, v = (products.wide(t).transpose(1, 2) for t in (q, k, v))  # (B, H|K, T|S, Dh)
     grouped = q.shape[1] != k.shape[1]
     if grouped and not (
         q.is_cuda and q.dtype in HALF and mask is None
@@ -84,7 +85,7 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
         grouped = False
     y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-    return y.transpose(1, 2)
+    return y.transpose(1, 2).to(dtype)
 
 
 @functools.cache

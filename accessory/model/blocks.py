@@ -16,14 +16,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from accessory.parallel import products
+
 QUERIES = 128  # of a block
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 
 def faster(q: Tensor, longest: int) -> bool:
-    """Whether to use `attend` where the longest sequence has so many tokens: in bf16 alone, whose products CPUs multiply
-    faster than fp32's."""
-    takes = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    """Whether to use `attend` where the longest sequence has so many tokens: in bf16 alone, on CPUs that multiply it, faster
+    than fp32."""
+    takes = q.device.type == "cpu" and q.dtype == torch.bfloat16 and products.native(q)
     return takes and longest <= LONGEST and not torch.is_autocast_enabled("cpu")
 
 

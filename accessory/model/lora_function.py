@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from accessory.model import quant
+from accessory.parallel import products
 
 Packed = tuple[quant.Layout, tuple[Tensor, Tensor]]  # where a packed W's slice lies, and quant.tables
 
@@ -37,43 +37,42 @@ class _LoraLinear(torch.autograd.Function):
         packed: Packed | None,
     ) -> Tensor:
         mask = torch.empty_like(x, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
-        h = _kept(x, mask).flatten(0, -2) @ a.to(x.dtype).t()  # (N, r)
+        rows = products.wide(x)
+        h = _kept(rows, mask).flatten(0, -2) @ a.to(rows.dtype).t()  # (N, r)
         if mask is not None:
             h *= 1 / (1 - dropout)
-        y = F.linear(x, _matrix(weight, packed, x.dtype))
-        y.flatten(0, -2).addmm_(h, b.to(x.dtype).t(), alpha=scale)
+        y = products.times_t(rows, _matrix(weight, packed, rows.dtype))
+        y.flatten(0, -2).addmm_(h, b.to(y.dtype).t(), alpha=scale)
         if bias is not None:
             y += bias.to(y.dtype)
         _, wants_weight, _, wants_a, wants_b, *_ = ctx.needs_input_grad
         ctx.save_for_backward(x if wants_a or wants_weight else None, weight, a, b, h if wants_b else None, mask)
         ctx.scale, ctx.dropout, ctx.packed = scale, dropout, packed
-        return y
+        return y.to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         x, weight, a, b, h, mask = ctx.saved_tensors
-        a, b = (
-            a.to(gradient.dtype),
-            b.to(gradient.dtype),
-        )  # as in forward; autograd gives a gradient its parameter's dtype
         wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
-        g = gradient.flatten(0, -2)  # (N, out)
+        g = products.wide(gradient.flatten(0, -2))  # (N, out)
+        a, b = a.to(g.dtype), b.to(g.dtype)  # as in forward; autograd gives a gradient its parameter's dtype
         low = (g @ b).mul_(ctx.scale / (1 - ctx.dropout))  # (N, r): dh
         x_grad = weight_grad = bias_grad = a_grad = b_grad = None
         if wants_x:
-            x_grad = g @ _matrix(weight, ctx.packed, g.dtype)
+            x_grad = products.times(g, _matrix(weight, ctx.packed, g.dtype))
             if mask is None:
                 x_grad.addmm_(low, a)
             else:
                 x_grad += _kept(low @ a, mask.flatten(0, -2))
-            x_grad = x_grad.view(*gradient.shape[:-1], -1)
+            x_grad = x_grad.view(*gradient.shape[:-1], -1).to(gradient.dtype)
+        rows = products.wide(x.flatten(0, -2)) if wants_a or wants_weight else None
         if wants_weight:
-            weight_grad = g.t() @ x.flatten(0, -2)
+            weight_grad = g.t() @ rows
         if wants_bias:
             bias_grad = g.sum(0)
         if wants_a:
-            a_grad = low.t() @ _kept(x, mask).flatten(0, -2)
+            a_grad = low.t() @ _kept(rows, None if mask is None else mask.flatten(0, -2))
         if wants_b:
             b_grad = (h.t() @ g).mul_(ctx.scale).t()  # up to twice as fast as g.t() @ h
         return x_grad, weight_grad, bias_grad, a_grad, b_grad, None, None, None
@@ -87,7 +86,8 @@ def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _matrix(weight: Tensor, packed: Packed | None, dtype: torch.dtype) -> Tensor:
-    return weight.to(dtype) if packed is None else quant.dequantise(weight, *packed, dtype)
+    """W as `products` takes it."""
+    return weight if packed is None else quant.dequantise(weight, *packed, dtype)
 
 
 def lora_linear(

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 
 BLOCK = 16  # weights that share an absmax (bitsandbytes has 64, or 32 at least)
 GROUP = 256  # absmaxes that share a scale
@@ -198,12 +198,14 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor):
         packed, pairs, levels = ctx.saved_tensors
-        weight = dequantise(packed, ctx.layout, (pairs, levels), gradient.dtype)
-        return gradient @ weight, None, None, None, None
+        g = products.wide(gradient)
+        weight = dequantise(packed, ctx.layout, (pairs, levels), g.dtype)
+        return (g @ weight).to(gradient.dtype), None, None, None, None
 
 
 def _product(x: Tensor, packed: Tensor, layout: Layout, pairs: Tensor, levels: Tensor) -> Tensor:
-    return x @ dequantise(packed, layout, (pairs, levels), x.dtype).t()
+    rows = products.wide(x)
+    return (rows @ dequantise(packed, layout, (pairs, levels), rows.dtype).t()).to(x.dtype)
 
 
 def linear(x: Tensor, packed: Tensor, layout: Layout, table: tuple[Tensor, Tensor]) -> Tensor:

@@ -27,7 +27,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accessory.parallel import exchange, groups
+from accessory.parallel import exchange, groups, products
 
 copy_to_mp = copy_to_model_parallel_region  # forward: nothing; backward: sum over mp
 reduce_from_mp = reduce_from_model_parallel_region  # forward: sum over mp; backward: nothing
@@ -107,29 +107,33 @@ def gather_rows(part: Tensor, rows: Tensor) -> Tensor:
 
 
 class _CastLinear(torch.autograd.Function):
-    """x W^T with W, kept in another dtype, cast to x's; cast again in backward, so that no copy of a layer waits for it."""
+    """x W^T with W cast for the product, if its dtype or the device wants it; cast again in backward, so that no copy of a
+    layer waits for it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return F.linear(x, weight.to(x.dtype))
+        return products.linear(x, weight)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
-        x_grad = gradient @ weight.to(gradient.dtype) if wants_x else None
-        weight_grad = gradient.flatten(0, -2).t() @ x.flatten(0, -2) if wants_weight else None
+        g = products.wide(gradient)
+        x_grad = products.times(g, weight).to(gradient.dtype) if wants_x else None
+        weight_grad = g.flatten(0, -2).t() @ products.wide(x.flatten(0, -2)) if wants_weight else None
         return x_grad, weight_grad
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, whatever that of the parameters: (.., in) -> (.., out). Their gradients come in their own."""
-    if weight.dtype == x.dtype:
+    if weight.dtype == x.dtype and products.native(x):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if torch.compiler.is_compiling():  # its partitioner casts again by itself
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-    y = _CastLinear.apply(x, weight)
+        rows = products.wide(x)
+        y = F.linear(rows, weight.to(rows.dtype)).to(x.dtype)
+    else:
+        y = _CastLinear.apply(x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -16,7 +16,7 @@ from typing import Iterator
 import torch
 from torch import Tensor
 
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
@@ -30,7 +30,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int
     ) -> tuple[Tensor, Tensor]:
-        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
+        ctx.weight_dtype = weight.dtype
+        if weight.requires_grad or not products.by_blocks(hidden, weight):
+            weight = weight.to(hidden.dtype)
         start = groups.mp_rank() * weight.shape[0]
         true = weight[: max(0, min(len(weight), vocab_size - start))]  # the rows below are padding, they take no part
         loss = hidden.new_zeros((), dtype=torch.float32)
@@ -38,7 +40,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
-        chunk = _Chunk(min(rows, len(hidden)), true)
+        chunk = _Chunk(min(rows, len(hidden)), true, hidden.dtype)
         for first in range(0, len(hidden), rows):
             h, t = hidden[first : first + rows], targets[first : first + rows]
             chunk.fill(h, t - start)
@@ -50,7 +52,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wants_weight:
                 weight_grad = _with_product(weight_grad, gradient, h, weight)
             if wants_hidden:
-                torch.mm(gradient, true, out=hidden_grad[first : first + rows])
+                products.times(gradient, true, out=hidden_grad[first : first + rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -71,15 +73,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _Chunk:
     """The memory that every chunk's logits are written to, then their gradient, and that of one block."""
 
-    def __init__(self, rows: int, weight: Tensor):
+    def __init__(self, rows: int, weight: Tensor, dtype: torch.dtype):
         self.weight = weight  # (V/mp, D), true rows
-        self.memory = weight.new_empty(rows, len(weight))
+        self.memory = weight.new_empty(rows, len(weight), dtype=dtype)
         self.block = min(rows, _rows_of_block(self.memory))
         self.wide, self.softmax = (weight.new_empty(self.block, len(weight), dtype=torch.float32) for _ in range(2))
 
     def fill(self, hidden: Tensor, columns: Tensor) -> None:
         """hidden (C, D) -> logits (C, V/mp); columns (C,) of the targets, where this rank has them."""
-        self.logits = torch.mm(hidden, self.weight.t(), out=self.memory[: len(hidden)])
+        self.logits = products.times_t(hidden, self.weight, out=self.memory[: len(hidden)])
         self.inside = (columns >= 0) & (columns < len(self.weight))
         self.columns = columns.masked_fill(~self.inside, 0).unsqueeze(1)
 
@@ -97,7 +99,7 @@ class _Chunk:
         return tuple(mine) if groups.mp_size() == 1 else _over_mp(*mine)
 
     def gradient(self, log_total: Tensor) -> Tensor:
-        """Of the summed loss by the logits, (C, V/mp) in the weight's dtype, where the logits were."""
+        """Of the summed loss by the logits, (C, V/mp) in their dtype, where they were."""
         if groups.mp_size() > 1 and len(self.weight):
             share = (self.mine - log_total).exp().unsqueeze(1)  # of this rank in the sum
             for rows in self._blocks():
@@ -180,6 +182,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     hidden (N, D): replicated across mp and already through `copy_to_mp` (its gradient here is this rank's addend);
     weight (ceil(V/mp), D): this rank's rows, cast to hidden's dtype where it is another; targets (N,): global ids, every one
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
+    hidden = products.wide(hidden)
     rows = rows_of_chunk(weight, hidden.element_size(), len(hidden))
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)
 

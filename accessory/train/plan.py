@@ -2,6 +2,7 @@
 
     weights + gradients + moments   exact: counted from the model (NF4 as it is held), cut over mp and dp; once more, without gradients, for the copy
                                     that is written while training goes on (in host memory: not counted on a GPU)
+    widened                         a linear's input and output in fp32, where the CPU does not multiply 16 bit (parallel/products.py)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype; one weight without FSDP
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
                                     4 D + (4 D + 3 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
@@ -18,7 +19,7 @@ import torch
 
 from accessory.model.llama import Transformer, global_shape
 from accessory.model.lora import packed_weights
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.loss import BLOCK, rows_of_chunk
 from accessory.train.lowbit import BYTES
@@ -43,6 +44,7 @@ def plan(
     dp = 1 if parallel.data_parallel == "ddp" else groups.dp_size()
     known = set(checkpoint.source.names())
     compute = DTYPES[parallel.precision].itemsize
+    wide = products.wide(torch.empty(0, dtype=DTYPES[parallel.precision], device=groups.device())).element_size()
     tokens = sum(longest(train_set, loop_args.batch_size))
     trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     frozen = [(n, p) for n, p in model.named_parameters() if not p.requires_grad]
@@ -64,9 +66,10 @@ def plan(
         "gradients": trained_count * 4 / dp,
         "optimizer": trained_count * BYTES[optim_args.optim_states] / dp,
         "gathered": gathered * compute,
+        "widened": wide * tokens * (model.args.dim + model.args.ffn_dim) if wide != compute else 0,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": 0.0,
-        "loss": rows_of_chunk(model.head, compute, tokens) * compute * model.head.shape[0]
+        "loss": rows_of_chunk(model.head, wide, tokens) * wide * model.head.shape[0]
         + 8 * BLOCK[groups.device().type]
         + (4 * model.head.numel() if model.head.requires_grad else 0),
         "checkpoint": trained_count * (8 if optim_args.optim_states == "bf16" else 12) / dp

@@ -57,6 +57,7 @@ SIDES = [
     hf("hf-bf16-compile", "bf16", compile=True),
     hf("hf-bf16", "bf16"),
     hf("hf-fp32", "fp32"),
+    hf("hf-fp32-compile", "fp32", "hf-fp32", compile=True),
     Side("litgpt-bf16", "litgpt", "litgpt_train", {"mode": "bf16"}, "litgpt", "bf16"),
     Side("litgpt-bf16-compile", "litgpt", "litgpt_train", {"mode": "bf16", "compile": True}, "litgpt", "bf16"),
     Side("torchtune-bf16", "torchtune", "torchtune_train", {"mode": "bf16"}, "torchtune", "bf16"),
@@ -68,6 +69,7 @@ GOALS = [
     Goal("hf-autocast", "speed", at_least=1.3),
     Goal("hf-bf16-compile", "speed", at_least=1.05),
     Goal("hf-fp32", "speed", at_least=1.8),
+    Goal("hf-fp32", "speed", at_least=1.0, ours="ours-fp32"),
     Goal("litgpt", "speed", at_least=1.0),
     Goal("torchtune", "speed", at_least=1.0),
 ]

@@ -44,28 +44,46 @@ def prepare(directory: Path, device: str) -> dict[str, Any]:
     }
 
 
-ROW = Row(
-    "sft",
-    "instruction tuning on GSM8K's lengths, answers only, 58 M parameters, 8 examples a step",
-    [
-        own("ours-bf16", precision="bf16"),
-        own("ours-bf16-compile", precision="bf16", compile=True),
-        hf("hf-dynamic-autocast", "autocast", "hf-dynamic"),
-        hf("hf-dynamic-bf16-compile", "bf16", "hf-dynamic-bf16", compile=True, dynamic=True),
-        hf("hf-padded-autocast", "autocast", "hf-padded-512", pad_to=512),
-        hf("hf-padded-bf16-compile", "bf16", "hf-padded-bf16", pad_to=512, compile=True),
-        Side("trl-packing-bf16", "trl", "trl_train", {"mode": "bf16"}, "trl-packing", "bf16"),
-        Side("litgpt-dynamic", "litgpt", "litgpt_train", {"mode": "bf16"}, "litgpt", "bf16"),
-        Side("torchtune-dynamic", "torchtune", "torchtune_train", {"mode": "bf16"}, "torchtune", "bf16"),
-    ],
-    [
-        Goal("hf-dynamic", "speed", at_least=1.6),
-        Goal("hf-dynamic-bf16", "speed", at_least=1.6),
-        Goal("hf-padded-512", "speed", at_least=4.0),
-        Goal("hf-padded-bf16", "speed", at_least=4.0),
-        Goal("trl-packing", "speed", at_least=1.3),
-        Goal("litgpt", "speed", at_least=1.0),
-        Goal("torchtune", "speed", at_least=1.0),
-    ],
-    prepare,
-)
+PADDED = {"pad_to": 512}
+HALF = [
+    own("ours-bf16", precision="bf16"),
+    own("ours-bf16-compile", precision="bf16", compile=True),
+    hf("hf-dynamic-autocast", "autocast", "hf-dynamic"),
+    hf("hf-dynamic-bf16-compile", "bf16", "hf-dynamic-bf16", compile=True, dynamic=True),
+    hf("hf-padded-autocast", "autocast", "hf-padded-512", **PADDED),
+    hf("hf-padded-bf16-compile", "bf16", "hf-padded-bf16", compile=True, **PADDED),
+    Side("trl-packing-bf16", "trl", "trl_train", {"mode": "bf16"}, "trl-packing", "bf16"),
+    Side("litgpt-dynamic", "litgpt", "litgpt_train", {"mode": "bf16"}, "litgpt", "bf16"),
+    Side("torchtune-dynamic", "torchtune", "torchtune_train", {"mode": "bf16"}, "torchtune", "bf16"),
+]
+FP32 = [
+    own("ours-fp32", precision="fp32"),
+    own("ours-fp32-compile", precision="fp32", compile=True),
+    own("ours-bf16", "ours-bf16", precision="bf16"),
+    hf("hf-dynamic-fp32", "fp32", "hf-dynamic"),
+    hf("hf-dynamic-fp32-compile", "fp32", "hf-dynamic", compile=True, dynamic=True),
+    hf("hf-padded-fp32", "fp32", "hf-padded-512", **PADDED),
+    Side("trl-packing-fp32", "trl", "trl_train", {"mode": "fp32"}, "trl-packing"),
+    Side("litgpt-dynamic-fp32", "litgpt", "litgpt_train", {"mode": "fp32"}, "litgpt"),
+    Side("torchtune-dynamic-fp32", "torchtune", "torchtune_train", {"mode": "fp32"}, "torchtune"),
+]
+GOALS = [
+    Goal("hf-dynamic", "speed", at_least=1.6),
+    Goal("hf-dynamic-bf16", "speed", at_least=1.6),
+    Goal("hf-padded-512", "speed", at_least=4.0),
+    Goal("hf-padded-bf16", "speed", at_least=4.0),
+    Goal("trl-packing", "speed", at_least=1.3),
+    Goal("litgpt", "speed", at_least=1.0),
+    Goal("torchtune", "speed", at_least=1.0),
+]
+WHAT = "instruction tuning on GSM8K's lengths, answers only, 58 M parameters, 8 examples a step"
+ROWS = [
+    Row("sft", WHAT, HALF, GOALS, prepare),
+    Row(
+        "sft_fp32",
+        f"{WHAT}, for CPUs without instructions for bf16",
+        FP32,
+        [g for g in GOALS if g.peer in {s.peer for s in FP32}],
+        prepare,
+    ),
+]

@@ -1,7 +1,7 @@
 """TRL's SFTTrainer as it is, on examples packed by TRL itself (best fit decreasing, padding-free).
 
 Each optimizer step packs the same examples as ours, so that losses can be compared; on full packs of other examples a step would
-cost the same a token. Timed from step to step by a callback. Settings: mode autocast or bf16; compile.
+cost the same a token. Timed from step to step by a callback. Settings: mode autocast, bf16 or fp32; compile.
 """
 
 import tempfile
@@ -55,7 +55,7 @@ def main() -> None:
     timer = Timer(data, device)
     with tempfile.TemporaryDirectory() as directory:
         config = SFTConfig(
-            output_dir=directory, use_cpu=device == "cpu", bf16=not half, fp16=False, per_device_train_batch_size=1,
+            output_dir=directory, use_cpu=device == "cpu", bf16=settings["mode"] == "autocast", fp16=False, per_device_train_batch_size=1,
             gradient_checkpointing=False, max_length=None, padding_free=True, learning_rate=data["lr"],
             lr_scheduler_type="constant", warmup_steps=0, optim="adamw_torch_fused", adam_beta1=0.9, adam_beta2=0.95,
             weight_decay=0.0, max_grad_norm=1.0, logging_steps=1, report_to="none", save_strategy="no",

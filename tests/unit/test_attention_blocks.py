@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from accessory.model import attention, blocks
 from accessory.model.attention import Segments
+from accessory.parallel import products
 
 LENGTHS = [[1, 5, 128, 3], [129, 7], [300, 64, 2]]  # below, at and above a block of queries
 
@@ -65,7 +66,9 @@ def test_inputs_in_any_order_of_elements() -> None:
     assert all(torch.equal(a, b) for a, b in zip(usual, other))
 
 
-def test_packed_bf16_on_the_cpu_goes_this_way_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("instructions", [True, False])
+def test_packed_bf16_on_a_cpu_that_multiplies_it_goes_this_way(monkeypatch: pytest.MonkeyPatch, instructions) -> None:
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, instructions)
     called = []
     real = blocks.attend
     monkeypatch.setattr(blocks, "attend", lambda *x: called.append(x[0].dtype) or real(*x))
@@ -80,4 +83,4 @@ def test_packed_bf16_on_the_cpu_goes_this_way_and_nothing_else(monkeypatch: pyte
         torch.testing.assert_close(
             y[0].float(), by_sdpa(q[0].float(), k[0].float(), v[0].float(), lengths), rtol=2e-2, atol=2e-2
         )
-    assert called == [torch.bfloat16]
+    assert called == [torch.bfloat16] * instructions  # of two sequences, short, in bf16

@@ -1,0 +1,91 @@
+"""x W^T and g W where a CPU has no instructions for the dtype, or where W is kept in another one than x.
+
+    16 bit without the instructions    torch multiplies in plain loops: 1 to 20 GFLOP/s on a core that does 87 in fp32
+    here                               x in fp32; W in fp32 a block of rows at a time, in memory that is used again; the
+                                       result rounded once: what instructions for 16 bit do, and about as fast as fp32
+
+A block stays in the caches, so W may lie in 16 bit, half the memory, at no cost: a copy of all of W in fp32 costs more than the
+product of a short batch with it (docs/LOG.md). Elsewhere W is cast whole. Test: tests/unit/test_products.py
+
+Shapes: N tokens, I inputs, O outputs.
+"""
+
+import platform
+from typing import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
+FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
+
+
+def _knows_bf16() -> bool:
+    if platform.machine().lower() in (
+        "x86_64",
+        "amd64",
+    ):  # oneDNN would take AVX-512 without them, and multiply in fp32
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+# whether this machine's CPU has instructions for products of the dtype, and torch uses them
+CPU_MULTIPLIES = {torch.bfloat16: _knows_bf16(), torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+
+
+def native(x: Tensor) -> bool:
+    """Whether x's device multiplies x's dtype."""
+    return x.device.type != "cpu" or CPU_MULTIPLIES.get(x.dtype, True)
+
+
+def wide(x: Tensor) -> Tensor:
+    """x in the dtype that products of it are to be taken in: fp32 for 16 bit that the CPU does not multiply, else x itself."""
+    return x if native(x) else x.float()
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in x's dtype, without a gradient of its own: (.., I) -> (.., O)."""
+    few = x.numel() <= FEW * x.shape[-1]
+    if weight.dtype == x.dtype and few:
+        return F.linear(x, weight)
+    return times_t(wide(x), weight).to(x.dtype)
+
+
+def times_t(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """x W^T: x (.., I), already `wide`; W (O, I) in any dtype -> (.., O) in x's dtype. out: (N, O), x being (N, I)."""
+    if not by_blocks(x, weight):
+        weight = weight.to(x.dtype)
+        return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
+    rows = x.flatten(0, -2)
+    y = x.new_empty(len(rows), len(weight)) if out is None else out
+    for (i, j), block in _blocks(weight):
+        torch.mm(rows, block.t(), out=y[:, i:j])
+    return y if out is not None else y.view(*x.shape[:-1], len(weight))
+
+
+def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
+    """g W: g (.., O), already `wide`; W (O, I) in any dtype -> (.., I) in g's dtype. out: (N, I), g being (N, O)."""
+    if not by_blocks(g, weight):
+        return torch.matmul(g, weight.to(g.dtype), out=out)
+    rows = g.flatten(0, -2)
+    x = g.new_empty(len(rows), weight.shape[1]) if out is None else out
+    for (i, j), block in _blocks(weight):
+        torch.addmm(x, rows[:, i:j], block, beta=1 if i else 0, out=x)
+    return x if out is not None else x.view(*g.shape[:-1], weight.shape[1])
+
+
+def by_blocks(x: Tensor, weight: Tensor) -> bool:
+    """Whether W, frozen or not, is cast while it is used; else as a whole, which is then best done once."""
+    mixed = weight.dtype != x.dtype and x.dtype == torch.float32
+    return mixed and x.device.type == "cpu" and len(weight) > 0
+
+
+def _blocks(weight: Tensor) -> Iterator[tuple[tuple[int, int], Tensor]]:
+    """((i, j), rows i to j in fp32), one after the other in the same memory."""
+    count = -(-weight.numel() // BLOCK)
+    size = max(1, -(-len(weight) // max(1, count)))
+    memory = weight.new_empty(min(size, len(weight)), weight.shape[1], dtype=torch.float32)
+    for i in range(0, len(weight), size):
+        part = weight[i : i + size]
+        yield (i, i + len(part)), memory[: len(part)].copy_(part)
