@@ -1,5 +1,5 @@
 """The least time of a training step on one CPU thread:
-python -m bench.ceiling full_ft|lora|sft [--precision bf16|fp32] [--peer NAME=MS ..]
+python -m bench.ceiling full_ft|lora|sft|sft_fp32 [--precision bf16|fp32] [--peer NAME=MS ..]
 
     floor   = every product of a step, in its fastest layout, + attention + softmax + fused AdamW      each alone, caches warm
     ceiling = a peer's unit / floor: no program made of these parts can be so many times faster than the peer
@@ -39,12 +39,10 @@ class Step:
 
 def steps_of(row: str) -> list[Step]:
     """Of one unit of the row; of sft, of all timed units."""
-    if row != "sft":
+    if not row.startswith("sft"):
         count, length = full_ft.DENSE["cpu"]
         return [Step((length,) * count, count * (length - 1))]
-    first, size = sft.WARMUP * sft.WINDOWS * sft.BATCH, sft.BATCH
-    starts = range(first, first + sft.UNITS * sft.WINDOWS * size, size)
-    windows = [sft.LENGTHS[i : i + size] for i in starts]
+    windows = sft.timed(2 if row == "sft_fp32" else 1)
     return [Step(tuple(p + a for p, a in w), sum(a for _, a in w)) for w in windows]
 
 
@@ -145,7 +143,7 @@ def parts(row: str, sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) 
         "softmax": sum(softmax_ms(s.learnt, sizes["vocab_size"]) for s in steps),
         "AdamW": len(steps) * adamw_ms(sizes, rank),
     }
-    units = sft.UNITS if row == "sft" else 1
+    units = sft.UNITS if row.startswith("sft") else 1
     return {k: v / units for k, v in told.items()}
 
 
@@ -163,7 +161,7 @@ def table(told: dict[str, float], peers: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("row", choices=("full_ft", "lora", "sft"))
+    parser.add_argument("row", choices=("full_ft", "lora", "sft", "sft_fp32"))
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=MS")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     given = parser.parse_args()

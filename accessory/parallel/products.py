@@ -30,8 +30,10 @@ def _knows_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-# whether this machine's CPU has instructions for products of the dtype, and torch uses them
-CPU_MULTIPLIES = {torch.bfloat16: _knows_bf16(), torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
+# whether this machine's CPU has instructions for products of the dtype, and torch uses them, which it does through oneDNN
+CPU_MULTIPLIES = dict.fromkeys((torch.bfloat16, torch.float16), False)
+if torch.backends.mkldnn.is_available():
+    CPU_MULTIPLIES = {torch.bfloat16: _knows_bf16(), torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported()}
 
 
 def native(x: Tensor) -> bool:
