@@ -22,12 +22,10 @@ FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as 
 
 
 def _knows_bf16() -> bool:
-    if platform.machine().lower() in (
-        "x86_64",
-        "amd64",
-    ):  # oneDNN would take AVX-512 without them, and multiply in fp32
-        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    # not oneDNN's word: it would take AVX-512 without them, and multiply in fp32
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 # whether this machine's CPU has instructions for products of the dtype, and torch uses them, which it does through oneDNN

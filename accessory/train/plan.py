@@ -60,7 +60,7 @@ def plan(
             (p.numel(), held.get(n, 4)) for n, p in frozen if n not in packed
         ]
         gathered = max((count for count, size in sizes if size != compute), default=0)
-    kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel) for mode in SAVED}
+    kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel, wide) for mode in SAVED}
     gigabytes = {
         "weights": (trained_count * 4 + frozen_bytes) / dp,
         "gradients": trained_count * 4 / dp,
@@ -102,16 +102,19 @@ def longest(train_set: Any, count: int) -> list[int]:
     return sorted((len(train_set[i].ids) for i in range(len(train_set))), reverse=True)[:count]
 
 
-def activations(model: Transformer, tokens: int, compute: int, checkpointing: str, divided: bool) -> float:
+def activations(
+    model: Transformer, tokens: int, compute: int, checkpointing: str, divided: bool, wide: int | None = None
+) -> float:
     """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens. `divided`: sequence
-    parallel, which cuts over mp what would be replicated."""
+    parallel, which cuts over mp what would be replicated. compute, wide: bytes a number, of the latter where products are
+    taken in it: attention then keeps q, k, v and its result so, and q, k, v not as they were."""
     args, mp, layers = model.args, groups.mp_size(), len(model.layers)
 
     def of_layer(mode: str) -> float:
         whole, cut, ffn = SAVED[mode]
-        return (
-            tokens * compute * (whole * args.dim / (mp if divided else 1) + (cut * args.dim + ffn * args.ffn_dim) / mp)
-        )
+        numbers = whole * args.dim / (mp if divided else 1) + (cut * args.dim + ffn * args.ffn_dim) / mp
+        widened = (4 * wide - 3 * compute) * args.dim / mp if wide not in (None, compute) and mode != "full" else 0
+        return tokens * (compute * numbers + widened)
 
     return layers * of_layer(checkpointing) + (of_layer("none") if checkpointing == "full" else 0)  # the one made again
 

@@ -22,6 +22,7 @@ from accessory.model.llama import local_slice, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, mark_trainable
 from accessory.model.pretrained import build, fill, quantise
 from accessory.model.recompute import Remade
+from accessory.parallel import products
 from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim, plan
 from accessory.weights import TensorSource
@@ -78,18 +79,20 @@ def set_mode(model: Transformer, mode: str) -> None:
         layer.checkpointing = mode
 
 
-def kept_per_layer(mode: str, sequence_parallel: bool = False, **keys: Any) -> tuple[float, float]:
+def kept_per_layer(
+    mode: str, sequence_parallel: bool = False, dtype: torch.dtype = torch.float32, wide: int = 4, **keys: Any
+) -> tuple[float, float]:
     """Bytes a layer keeps for backward: (measured, planned), as the difference between three layers and one."""
     measured, planned = [], []
     for layers in (1, 3):
         model = tiny(n_layers=layers, n_heads=4, dim=64, hidden_dim=192, **keys)
-        model.sequence_parallel = sequence_parallel
+        model.sequence_parallel, model.tok_embeddings.compute_dtype = sequence_parallel, dtype
         set_mode(model, mode)
         tokens = torch.arange(TOKENS).remainder(101).view(1, -1)
         with Living() as living:
             loss, _, _ = model(tokens, labels=tokens)
         measured.append(living.bytes(model))
-        planned.append(plan.activations(model, TOKENS, 4, mode, sequence_parallel))
+        planned.append(plan.activations(model, TOKENS, dtype.itemsize, mode, sequence_parallel, wide))
         loss.backward()
     return (measured[1] - measured[0]) / 2, (planned[1] - planned[0]) / 2
 
@@ -99,6 +102,14 @@ def kept_per_layer(mode: str, sequence_parallel: bool = False, **keys: Any) -> t
 def test_a_layer_keeps_what_the_plan_says(lora_rank: int, mode: str) -> None:
     measured, planned = kept_per_layer(mode, n_kv_heads=4, lora_rank=lora_rank)
     assert measured == pytest.approx(planned, rel=0.05)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("instructions", [True, False])
+def test_and_in_bf16_with_and_without_instructions_for_it(mode: str, instructions: bool, monkeypatch) -> None:
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, instructions)
+    measured, planned = kept_per_layer(mode, dtype=torch.bfloat16, wide=2 if instructions else 4, n_kv_heads=4)
+    assert measured == pytest.approx(planned, rel=0.07)
 
 
 def test_the_ways_are_far_apart() -> None:
