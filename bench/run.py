@@ -152,7 +152,7 @@ def machine() -> dict[str, Any]:
         told = names[0] if names else told
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "cpu": told, "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version(),
+        "cpu": told, "multiplies_bf16": multiplies_bf16(), "cores": os.cpu_count(), "gpu": gpu, "torch": torch.__version__, "python": platform.python_version(),
         "load": os.getloadavg(),
     }  # fmt: skip
 
