@@ -64,11 +64,11 @@ def test_opening_and_looking_up_cost_nothing_at_100_gb(tmp_path: Path) -> None:
     (np.arange(1, documents + 1) * (count // documents)).astype("<i8").tofile(directory / ENDS)
     write_meta(directory, np.dtype("<u2"), count, documents, hashed=False)
     assert os.stat(directory / TOKENS).st_size == 10**11
-    start = time.perf_counter()
+    start = time.process_time()  # not a neighbour's load
     store = Store.open(directory)
     assert store.ends_between(count - 60_000, count).tolist() == [count - 50_000]
     assert store.document(documents - 1).sum() == 0
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 # --- what is wrong ----------------------------------------------------------------------------------------------------
