@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from accessory.parallel import groups, layers, loss
+from accessory.parallel import groups, layers, loss, products
 from tests.helpers import gather_over_mp, run_ranks
 
 V, D = 101, 16
@@ -147,14 +147,16 @@ def test_one_chunk_where_the_sum_over_several_would_want_as_much_memory():
     assert [loss.rows_of_chunk(head, size, 1024) for size in (2, 4, 8)] == [256, 256, 128]  # 4 and 8: of CHUNK_BYTES
 
 
-def test_a_second_backward_is_right_or_refused():
+@pytest.mark.parametrize("instructions", [True, False])
+def test_a_second_backward_is_right_or_refused(instructions, monkeypatch):
     groups.ensure()
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, instructions)
     for dtype in (torch.float32, torch.bfloat16):  # the weight stays fp32: in bf16 its gradient is a copy
         h = torch.randn(6, 8, dtype=dtype, requires_grad=True)
         w = torch.randn(11, 8, requires_grad=True)
         total, _ = loss.linear_cross_entropy(h, w, torch.arange(6), 11)
         first = [g.clone() for g in torch.autograd.grad(total, (h, w), torch.tensor(0.5), retain_graph=True)]
-        if dtype == torch.float32:
+        if dtype == torch.float32 or not instructions:  # all in fp32 then
             with pytest.raises(RuntimeError, match="modified by an inplace operation"):
                 torch.autograd.grad(total, (h, w))
         else:
@@ -162,8 +164,9 @@ def test_a_second_backward_is_right_or_refused():
             assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_gradients_are_scaled_in_fp32_and_rounded_once():
+def test_gradients_are_scaled_in_fp32_and_rounded_once(monkeypatch):
     groups.ensure()
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)  # else there is none of 16 bit to scale
     factor = torch.tensor(1 / 997)  # no 16-bit number
     full, half = torch.float32, torch.bfloat16
     for kept, wanted in ((full, full), (half, half), (half, full)):
