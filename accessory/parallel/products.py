@@ -58,10 +58,10 @@ def times_t(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
         weight = weight.to(x.dtype)
         return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
     rows = x.flatten(0, -2)
-    y = x.new_empty(len(rows), len(weight)) if out is None else out
+    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
     for (i, j), block in _blocks(weight):
-        torch.mm(rows, block.t(), out=y[:, i:j])
-    return y if out is not None else y.view(*x.shape[:-1], len(weight))
+        torch.mm(rows, block.t(), out=y.view(len(rows), len(weight))[:, i:j])
+    return y  # no view: a function's result that is one may not be summed over mp in place
 
 
 def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
