@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
         run(args)
     except ChildFailedError as error:
         if not received:
-            print(last_line(error), file=sys.stderr, flush=True)
+            print(f"\n{last_line(error)}", file=sys.stderr, flush=True)  # another rank may have left a progress bar
             return 1
     except SignalException as error:
         received.append(error.sigval)
@@ -68,8 +68,7 @@ def pass_on(number: int, received: list[int]) -> None:
 
 
 def last_line(error) -> str:
-    """The message of the rank that failed first; for a rank that died without a word, how it died (on a new line: it may
-    have left a progress bar)."""
+    """The message of the rank that failed first; for a rank that died without a word, how it died."""
     rank, failure = error.get_first_failure()
     message = failure.message
     if isinstance(message, dict):
@@ -79,8 +78,8 @@ def last_line(error) -> str:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
-        return f"\nerror: rank {rank} was ended by {name}{hint}: see its output above; the last complete checkpoint is intact"
-    return f"\nerror: rank {rank} failed with exit code {failure.exitcode}: its traceback is above"
+        return f"error: rank {rank} was ended by {name}{hint}: see its output above; the last complete checkpoint is intact"
+    return f"error: rank {rank} failed with exit code {failure.exitcode}: its traceback is above"
 
 
 if __name__ == "__main__":

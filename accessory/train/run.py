@@ -69,16 +69,15 @@ def train(
         loop_args = with_saved_batch(loop_args, resumed)
     checkpoint, args, tuning = open_start(run, tuning)
     tokenizer = open_tokenizer(run, checkpoint, args)
-    train_set, val_set = load_data(data, tokenizer, loop_args.seed)
-    check_judged(loop_args, val_set)
-
-    model = build(checkpoint, args, tuning)
+    model = build(checkpoint, args, tuning)  # without memory; what it refuses is said before minutes of tokenising
     mark_trainable(model, tuning)
     quantise(model, parallel)
     if parallel.quant and not saves_adapter(run, tuning):
         raise ValueError(
             f"--only_save_trainable false with --quant {parallel.quant}: the weights are held in 4 bits, only an adapter can be saved: leave it out, and merge with tools/merge_lora.py"
         )
+    train_set, val_set = load_data(data, tokenizer, loop_args.seed)
+    check_judged(loop_args, val_set)
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
     check_steps(loop_args.profile_steps, max_steps)
