@@ -57,22 +57,22 @@ def times_t(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     if not by_blocks(x, weight):
         weight = weight.to(x.dtype)
         return F.linear(x, weight) if out is None else torch.mm(x, weight.t(), out=out)
-    rows = x.flatten(0, -2)
-    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out
+    y = x.new_empty(*x.shape[:-1], len(weight)) if out is None else out  # not to be a view: mp sums it in place
+    rows, results = x.flatten(0, -2), y.flatten(0, -2)
     for (i, j), block in _blocks(weight):
-        torch.mm(rows, block.t(), out=y.view(len(rows), len(weight))[:, i:j])
-    return y  # no view: a function's result that is one may not be summed over mp in place
+        torch.mm(rows, block.t(), out=results[:, i:j])
+    return y
 
 
 def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """g W: g (.., O), already `wide`; W (O, I) in any dtype -> (.., I) in g's dtype. out: (N, I), g being (N, O)."""
     if not by_blocks(g, weight):
         return torch.matmul(g, weight.to(g.dtype), out=out)
-    rows = g.flatten(0, -2)
-    x = g.new_empty(len(rows), weight.shape[1]) if out is None else out
+    x = g.new_empty(*g.shape[:-1], weight.shape[1]) if out is None else out
+    rows, results = g.flatten(0, -2), x.flatten(0, -2)
     for (i, j), block in _blocks(weight):
-        torch.addmm(x, rows[:, i:j], block, beta=1 if i else 0, out=x)
-    return x if out is not None else x.view(*g.shape[:-1], weight.shape[1])
+        torch.addmm(results, rows[:, i:j], block, beta=1 if i else 0, out=results)
+    return x
 
 
 def by_blocks(x: Tensor, weight: Tensor) -> bool:
