@@ -108,7 +108,7 @@ class AdamW(torch.optim.AdamW):
         for group, ps, (weights, *held) in zip(self.param_groups, trained, parts):
             lowbit.fused_step(self, group, weights, [local(p.grad) for p in ps], *held)
         if (found_inf := getattr(self, "found_inf", None)) is not None:
-            torch._foreach_sub_(counts, found_inf)
+            torch._foreach_sub_(counts, [found_inf] * len(counts))  # as a number it would be read, and waited for
 
     def _parts(self, number: int, trained: list[nn.Parameter]) -> list[list[Tensor]]:
         """Of the trained parameters of a group: this rank's parts of them and of both moments, and their counts of steps. Kept

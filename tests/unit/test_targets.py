@@ -1,9 +1,12 @@
 """Rows and ids against the definition, token by token; bad labels; a step that asks its device for no number."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from accessory.data.loader import FILLER, collate
+from accessory.log import RunLog
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.attention import Segments
 from accessory.model.llama import kv_copied
@@ -11,9 +14,12 @@ from accessory.model.lora import TuningArgs, mark_trainable, partial_grad
 from accessory.model.pretrained import build
 from accessory.model.targets import IGNORED, Targets
 from accessory.parallel import groups
+from accessory.parallel.fsdp import sharder
 from accessory.parallel.grads import GradientRules
-from accessory.train.loop import to_device
+from accessory.train import lowbit, optim
+from accessory.train.loop import LoopArgs, fit, to_device
 from accessory.train.objectives import next_token
+from accessory.train.state import Late, TrainState
 from tests.gpu.bodies import LORA, TINY, counting, random_checkpoint
 
 CPU, META = torch.device("cpu"), torch.device("meta")
@@ -57,25 +63,36 @@ def test_labels_that_fit_neither_tokens_nor_vocabulary() -> None:
     assert model(tokens, labels=labels)[1] == 7
 
 
-@pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
-@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_a_step_reads_nothing_from_its_device(
-    monkeypatch: pytest.MonkeyPatch, tuning: dict, checkpointing: str
-) -> None:
-    """On the meta device a tensor has no numbers: whatever would wait for a GPU's (a branch, a size that depends on them, a copy
-    to the host) raises here."""
+@pytest.fixture
+def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs are on the meta device, where a tensor has no numbers: whatever would wait for a GPU's (a branch, a size that depends
+    on them, a copy to the host) raises. What a run may read, between steps, is given."""
+    summed = groups.all_reduce
+    groups.init(1, on="cpu")
+    monkeypatch.setattr(groups, "device", lambda: META)
+    monkeypatch.setattr(groups, "all_reduce", lambda t, *how, **more: t if t.is_meta else summed(t, *how, **more))
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)  # knows no meta device
-    groups.init(1, on="cpu")
-    checkpoint, args = random_checkpoint(TINY, torch.float32)
+    monkeypatch.setitem(lowbit.CHUNK, "meta", 4096)
+    monkeypatch.setattr(Late, "read", lambda late: [0.0] * late.host.numel())
+    monkeypatch.setattr(optim.LossScale, "state_dict", lambda scale: {})
+
+
+def meta_model(tuning: dict, checkpointing: str, precision: str, **sizes) -> tuple[Transformer, GradientRules]:
+    checkpoint, args = random_checkpoint(TINY | sizes, torch.float32)
     model = build(checkpoint, args, TuningArgs(**tuning))
-    model.freqs = model.freqs.to(META)
     mark_trainable(model, TuningArgs(**tuning))
+    sharder("fsdp", precision)(model)
     for layer in model.layers:
         layer.checkpointing = checkpointing
-    rules = GradientRules(model, args.kv_heads, shard_dim, partial_grad, kv_copied)
+    return model, GradientRules(model, args.kv_heads, shard_dim, partial_grad, kv_copied)
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
+def test_a_batch_of_any_kind_reads_nothing_from_its_device(tuning: dict) -> None:
+    model, rules = meta_model(tuning, "none", "fp32")
     examples = list(counting([9, 5, 14], TINY["vocab_size"], prompt=0.4))
-    monkeypatch.setattr(groups, "device", lambda: META)
     for items in (examples, examples[:1], [FILLER]):
         batch = to_device(collate(items), META)
         loss, count, metrics = next_token(model.train(), batch)
@@ -86,3 +103,25 @@ def test_a_step_reads_nothing_from_its_device(
     for read in (loss.item, batch.tokens.nonzero, lambda: batch.tokens.cpu(), lambda: bool(count > 0)):
         with pytest.raises((RuntimeError, NotImplementedError)):  # the test can fail
             read()
+
+
+@pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "checkpointing, states, sizes",
+    [("none", "fp32", {}), ("selective", "bf16", {"qk_norm": True}), ("full", "int8", {"tie_word_embeddings": True})],
+)
+def test_steps_read_nothing_from_their_device(
+    tmp_path: Path, precision: str, tuning: dict, checkpointing: str, states: str, sizes: dict
+) -> None:
+    model, rules = meta_model(tuning, checkpointing, precision, **sizes)
+    args = LoopArgs(batch_size=2, accum_iter=2, max_steps=3, eval_steps=10, save_steps=10)
+    how = optim.OptimArgs(optim_states=states)
+    data, run_log = counting([9, 5, 14, 7, 11, 6, 8, 12], TINY["vocab_size"]), RunLog(tmp_path, 0, (), None, 3)
+    state = fit(
+        model, optim.adamw(model, how), rules, next_token, data, TrainState(), args, how, precision=precision,
+        data_parallel="fsdp", num_workers=0, run_log=run_log, evaluate=None, sample=None, save_best=0, save=lambda state: None,
+    )  # fmt: skip
+    run_log.close()
+    assert state.step == 3
