@@ -7,14 +7,14 @@ import torch
 
 from accessory.data.loader import FILLER, collate
 from accessory.log import RunLog
-from accessory.model import ModelArgs, Transformer, shard_dim
+from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.attention import Segments
 from accessory.model.llama import kv_copied
-from accessory.model.lora import TuningArgs, mark_trainable, partial_grad
-from accessory.model.pretrained import build
+from accessory.model.lora import TuningArgs, mark_trainable, packed_weights, partial_grad
+from accessory.model.pretrained import build, quantise
 from accessory.model.targets import IGNORED, Targets
 from accessory.parallel import groups
-from accessory.parallel.fsdp import sharder
+from accessory.parallel.fsdp import ParallelArgs, sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import lowbit, optim
 from accessory.train.loop import LoopArgs, fit, to_device
@@ -78,10 +78,15 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optim.LossScale, "state_dict", lambda scale: {})
 
 
-def meta_model(tuning: dict, checkpointing: str, precision: str, **sizes) -> tuple[Transformer, GradientRules]:
+def meta_model(
+    tuning: dict, checkpointing: str, precision: str, sizes: dict, packed: str | None = None
+) -> tuple[Transformer, GradientRules]:
     checkpoint, args = random_checkpoint(TINY | sizes, torch.float32)
     model = build(checkpoint, args, TuningArgs(**tuning))
     mark_trainable(model, TuningArgs(**tuning))
+    quantise(model, ParallelArgs(precision=precision, quant=packed))
+    for module in packed_weights(model).values():
+        module.table = quant.tables(META)
     sharder("fsdp", precision)(model)
     for layer in model.layers:
         layer.checkpointing = checkpointing
@@ -91,7 +96,7 @@ def meta_model(tuning: dict, checkpointing: str, precision: str, **sizes) -> tup
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
 def test_a_batch_of_any_kind_reads_nothing_from_its_device(tuning: dict) -> None:
-    model, rules = meta_model(tuning, "none", "fp32")
+    model, rules = meta_model(tuning, "none", "fp32", {})
     examples = list(counting([9, 5, 14], TINY["vocab_size"], prompt=0.4))
     for items in (examples, examples[:1], [FILLER]):
         batch = to_device(collate(items), META)
@@ -107,15 +112,17 @@ def test_a_batch_of_any_kind_reads_nothing_from_its_device(tuning: dict) -> None
 
 @pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("tuning", [{}, LORA | {"lora_dropout": 0.1}], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "tuning, packed", [({}, None), (LORA | {"lora_dropout": 0.1}, None), (LORA, "nf4")], ids=["full", "lora", "qlora"]
+)
 @pytest.mark.parametrize(
     "checkpointing, states, sizes",
     [("none", "fp32", {}), ("selective", "bf16", {"qk_norm": True}), ("full", "int8", {"tie_word_embeddings": True})],
 )
 def test_steps_read_nothing_from_their_device(
-    tmp_path: Path, precision: str, tuning: dict, checkpointing: str, states: str, sizes: dict
+    tmp_path: Path, precision: str, tuning: dict, packed: str | None, checkpointing: str, states: str, sizes: dict
 ) -> None:
-    model, rules = meta_model(tuning, checkpointing, precision, **sizes)
+    model, rules = meta_model(tuning, checkpointing, precision, sizes, packed)
     args = LoopArgs(batch_size=2, accum_iter=2, max_steps=3, eval_steps=10, save_steps=10)
     how = optim.OptimArgs(optim_states=states)
     data, run_log = counting([9, 5, 14, 7, 11, 6, 8, 12], TINY["vocab_size"]), RunLog(tmp_path, 0, (), None, 3)
