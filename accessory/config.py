@@ -11,6 +11,7 @@ import difflib
 import json
 import os
 import re
+import signal
 import sys
 import time
 import types
@@ -189,7 +190,9 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
         zip(names[code.co_argcount - len(function.__defaults__ or ()) : code.co_argcount], function.__defaults__ or ())
     )
     defaults |= function.__kwdefaults__ or {}
-    argv = sys.argv[1:] if argv is None else argv
+    if argv is None:  # a process of its own: one that is asked to stop takes away what it has half written
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        argv = sys.argv[1:]
     if any(a in ("--help", "-h") for a in argv):
         shown = " ".join(
             f"--{n} {hints[n].__name__.upper()}" if n not in defaults else f"[--{n} {defaults[n]}]" for n in names

@@ -15,6 +15,7 @@ from accessory import config
 from accessory.config import flag
 from accessory.data import carried
 from accessory.data.dialog import Template
+from accessory.data.readers import prompt_lines
 from accessory.data.templates import question_ids
 from accessory.generation.engine import generate
 from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
@@ -36,7 +37,7 @@ class GenerateArgs:
     )
     llama_config: list[str] = flag([], "params.json-style files; none: the checkpoint's own")
     tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
-    prompt: str | None = flag(None, "one instruction")
+    prompt: str = flag("", "one instruction")
     prompts_file: str | None = flag(None, "a text file with one instruction on each line")
     template: str | None = flag(
         None,
@@ -55,8 +56,12 @@ class GenerateArgs:
     def __post_init__(self) -> None:
         if not self.pretrained_path:
             raise ValueError("--pretrained_path is missing: name a checkpoint directory")
-        if (self.prompt is None) == (self.prompts_file is None):
-            raise ValueError("give one of --prompt and --prompts_file")
+        if bool(self.prompt) == bool(self.prompts_file):
+            raise ValueError("give one of --prompt, which is not to be empty, and --prompts_file")
+        try:
+            self.prompt.encode()
+        except UnicodeEncodeError:  # Python keeps such bytes of a command line as half characters
+            raise ValueError(f"--prompt {self.prompt!a}: not UTF-8: check the terminal's encoding") from None
         if self.max_new_tokens < 1 or self.batch_size < 1 or self.temperature < 0 or not 0 < self.top_p <= 1:
             raise ValueError(
                 "--max_new_tokens and --batch_size are 1 or more, --temperature 0 or more, --top_p above 0 and at most 1"
@@ -68,13 +73,11 @@ def main(args: GenerateArgs) -> None:
     checkpoint, model_args = open_pretrained(args.pretrained_path, args.pretrained_type, args.llama_config, args.base)
     path = args.tokenizer_path or checkpoint.tokenizer
     if path is None:
-        raise ValueError(f"{args.pretrained_path} has no tokenizer beside it: name one with --tokenizer_path")
-    tokenizer = Tokenizer.open(path)
-    prompts = (
-        [args.prompt]
-        if args.prompt is not None
-        else [line for line in Path(args.prompts_file).read_text(encoding="utf-8").splitlines() if line.strip()]
-    )
+        inside = ", or convert it with tools/gguf_to_meta.py, which takes the one that is inside"
+        gguf = inside if checkpoint.kind == "gguf" else ""
+        raise ValueError(f"{args.pretrained_path} has no tokenizer beside it: name one with --tokenizer_path{gguf}")
+    tokenizer = Tokenizer.open_for(path, model_args.vocab_size, args.pretrained_path)
+    prompts = [args.prompt] if args.prompt else prompt_lines(args.prompts_file, "--prompts_file")
     template = None if args.raw else template_of(args, tokenizer, checkpoint.parts)
     model = build(checkpoint, model_args, carried_tuning(checkpoint))
     dtype = DTYPES[args.precision] if args.precision else checkpoint.source.dtype("tok_embeddings.weight")
@@ -93,9 +96,7 @@ def main(args: GenerateArgs) -> None:
             if groups.rank() == 0:
                 answer = tokenizer.decode(new, after=head).strip()
                 print(
-                    answer
-                    if args.prompt is not None
-                    else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False),
+                    answer if args.prompt else json.dumps({"prompt": text, "answer": answer}, ensure_ascii=False),
                     flush=True,
                 )
 

@@ -49,6 +49,7 @@ from accessory.tokenizer_files import (
     to_byte_level,
 )
 
+MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
 SPACINGS = ("legacy", "plain")
 PLACEHOLDER = re.compile(r"(?i)[<\[]\W*(unused|reserved|extra|dummy)\w*\W*[>\]]")
 # (BOS, EOS) of a tokenizer.json with nothing beside it: the first pair that is among its added tokens. A fine-tune adds
@@ -111,6 +112,16 @@ class Tokenizer:
         if raw.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
             return HuggingFace(file, raw)
         return Tiktoken(file, raw) if TIKTOKEN_LINE.match(raw) else SentencePiece(file, raw)
+
+    @staticmethod
+    def open_for(path: str | Path, rows: int, weights: Any) -> "Tokenizer":
+        """`open`, and ValueError where the embedding's `rows` in `weights` are not for this tokenizer: ids would mean others."""
+        tokenizer = Tokenizer.open(path)
+        if not 0 <= rows - tokenizer.vocab_size <= MAX_SPARE_ROWS:
+            raise ValueError(
+                f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {weights} has {rows} rows: they do not belong together, name the checkpoint's own, or grow the model with tools/expand_vocab.py"
+            )
+        return tokenizer
 
     def __init__(self, path: Path, raw: bytes, added: dict[str, int] | None = None):
         self.path, self.raw = path, raw

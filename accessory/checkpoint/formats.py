@@ -90,11 +90,11 @@ def open_checkpoint(
 def paths_of(path: str | Path | Sequence[str | Path]) -> list[Path]:
     """One path, a list, or "a,b,c" (a path with a comma in its name that exists is one path)."""
     if not isinstance(path, (str, Path)):
-        paths = [Path(p) for p in path]
+        paths = [Path(p).expanduser() for p in path]
     elif Path(path).exists() or "," not in str(path):
-        return [Path(path)]
+        return [Path(path).expanduser()]
     else:
-        paths = [Path(part.strip()) for part in str(path).split(",") if part.strip()]
+        paths = [Path(part.strip()).expanduser() for part in str(path).split(",") if part.strip()]
     if not paths:
         raise ValueError(f"--pretrained_path {path}: names no directory")
     return paths
@@ -337,12 +337,12 @@ def lay_adapter(checkpoint: Checkpoint, path: Path, config: dict[str, Any], tens
 
     config, tensors = fitted(config, tensors, checkpoint, path)
     known = set(checkpoint.source.names())
+    files = [f for name in ADAPTER_FILES if (f := path / name).is_file()]
     for name in tensors.names():
         weight = name if not is_lora(name) else name.rsplit(".", 2)[0] + ".weight"
         if weight not in known and not weight.endswith(".bias") and weight != "output.weight":
             raise ValueError(
-                f"{path / ADAPTER_FILE}: {name} has no counterpart in its base {checkpoint.path}: "
-                "give the right one with --base"
+                f"{files[0]}: {name} has no counterpart in its base {checkpoint.path}: give the right one with --base"
             )
     params = checkpoint.params | _read_params(path)
     if "output.weight" in tensors.names():
@@ -356,6 +356,6 @@ def lay_adapter(checkpoint: Checkpoint, path: Path, config: dict[str, Any], tens
         params=params,
         tokenizer=tokenizer_in(path, TOKENIZER_FILES) or checkpoint.tokenizer,
         adapter=config,
-        files=[*checkpoint.files, *(f for name in ADAPTER_FILES if (f := path / name).is_file())],
+        files=[*checkpoint.files, *files],
         parts=[*checkpoint.parts, path],
     )

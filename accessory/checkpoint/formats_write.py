@@ -51,7 +51,7 @@ def new_directory(dst: str | Path) -> Iterator[Path]:
     removes.
 
     Raises ValueError when `dst` is already there. Called by one rank."""
-    dst = Path(dst)
+    dst = Path(dst).expanduser()
     if dst.exists() or dst.is_symlink():
         raise ValueError(f"--dst {dst} is already there: choose another, or remove it first")
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +146,15 @@ def completed(source: Source, params: dict[str, Any]) -> dict[str, Any]:
     return params
 
 
+def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tensor in `dtype`. ValueError where fp16 cannot hold a number: it would be inf from here on."""
+    result = tensor.to(dtype)
+    if dtype == torch.float16 != tensor.dtype and (lost := result.isinf() & tensor.isfinite()).any():
+        largest = tensor[lost].abs().max().item()
+        raise ValueError(f"{name}: {largest:.4g} is more than fp16 holds (65504): take --dtype bf16")
+    return result
+
+
 @contextlib.contextmanager
 def progress(source: Source, times: int, show: bool) -> Iterator[Any]:
     """A bar over the source's tensors; yields step(name, tensor, dtype) -> (name, tensor in dtype)."""
@@ -155,7 +164,7 @@ def progress(source: Source, times: int, show: bool) -> Iterator[Any]:
 
         def step(name: str, tensor: Tensor, dtype: torch.dtype | None) -> tuple[str, Tensor]:
             bar.update()
-            return name, tensor.to(dtype) if dtype else tensor
+            return name, cast(name, tensor, dtype) if dtype else tensor
 
         yield step
 

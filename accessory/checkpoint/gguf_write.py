@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.checkpoint.formats_write import completed, sync
+from accessory.checkpoint.formats_write import cast, completed, sync
 from accessory.model.args import ModelArgs
 from accessory.weights import Overlay, Renamed, Source, TensorSource, expected_shapes, gguf, require_keys
 from accessory.weights.gguf_rope import ROPE_FACTORS, rope_factors
@@ -44,7 +44,7 @@ def new_file(dst: str | Path) -> Iterator[Path]:
     """A path that becomes `dst` only when the block ends well: until then it is `dst`.tmp-PID, which a failure removes.
 
     Raises ValueError when `dst` is already there or is not called .gguf."""
-    dst = Path(dst)
+    dst = Path(dst).expanduser()
     if dst.suffix != ".gguf":
         raise ValueError(f"--dst {dst}: name a file that ends in .gguf")
     if dst.exists() or dst.is_symlink():
@@ -159,7 +159,7 @@ def _append_data(file: Path, target: Source, kinds: dict[str, str], show_progres
             for name, kind in kinds.items():
                 out.write(bytes(-out.tell() % pad))
                 for rows in _blocks(target, name):
-                    out.write(_stored(rows, kind))
+                    out.write(_stored(name, rows, kind))
                 bar.update()
             out.write(bytes(-out.tell() % pad))
     except OSError as error:
@@ -168,12 +168,12 @@ def _append_data(file: Path, target: Source, kinds: dict[str, str], show_progres
         raise ValueError(f"{file}: could not be written, the disk is full: make room or choose another disk") from error
 
 
-def _stored(rows: Tensor, kind: str) -> Any:
+def _stored(name: str, rows: Tensor, kind: str) -> Any:
     """The bytes of some rows in ggml's type `kind`."""
     import gguf as library
 
     if kind in PLAIN:
-        return rows.to(PLAIN[kind]).view(torch.uint8).numpy().data
+        return cast(name, rows, PLAIN[kind]).view(torch.uint8).numpy().data
     return library.quants.quantize(rows.float().numpy(), library.GGMLQuantizationType[kind]).data
 
 

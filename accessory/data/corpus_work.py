@@ -55,8 +55,8 @@ class Work:
     def check_settings(self) -> None:
         """The same build as the one that is half done here, or none is."""
         wanted = self.settings | {"sources": [s.name for s in self.sources]}
-        path = self.part / SETTINGS
-        if path.is_file():
+        path, journal = self.part / SETTINGS, self.part / JOURNAL
+        if path.is_file() and journal.is_file() and journal.stat().st_size:
             then = json.loads(path.read_bytes())
             if then != wanted:
                 what = difference(self.settings, then) or "other sources"

@@ -345,3 +345,12 @@ def examples(source: Source, stream: BinaryIO, options: Options) -> Iterator[tup
             rows, size = [], 0
     if rows:
         yield kind, rows
+
+
+def prompt_lines(path: str | Path, flag: str) -> list[str]:
+    """The lines of a text that have something on them. A line ends with a line feed, and a carriage return before it and nothing else; ValueError names the flag."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # a byte order mark goes
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{flag} {path}: byte {error.start} is not UTF-8: save it as UTF-8") from None
+    return [line.removesuffix("\r") for line in text.split("\n") if line.strip()]

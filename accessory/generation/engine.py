@@ -16,6 +16,8 @@ from torch import Tensor
 
 from accessory.parallel import groups
 
+COLDEST = 1e-6  # temperature: below, differences of logits leave fp32's range
+
 
 class KVCache:
     """Keys and values of all layers for B rows of at most S tokens; made at the first step, on its device and dtype."""
@@ -90,10 +92,15 @@ def generate(
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> Tensor:
-    """One token a row from logits (B, V): the largest, or a draw. (B,) on the CPU."""
+    """One token a row from logits (B, V): the largest, or a draw. (B,) on the CPU. ValueError where one is not a number."""
+    if not logits.isfinite().all():
+        raise ValueError(
+            "the model's logits are not finite: its weights are damaged, or --precision fp16 is too narrow for it"
+        )
     if temperature <= 0:
         return logits.argmax(-1).cpu()
-    probabilities = (logits.float().cpu() / temperature).softmax(-1)
+    logits = logits.float().cpu()
+    probabilities = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, COLDEST)).softmax(-1)
     if top_p < 1:
         ranked, order = probabilities.sort(dim=-1, descending=True)
         ranked[ranked.cumsum(-1) - ranked >= top_p] = 0.0

@@ -221,6 +221,8 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | Segments | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
         cache: Cache | None = None,
     ) -> Any:
+        if tokens.device.type == "cpu" and tokens.numel():  # a GPU would be waited for
+            self._check_tokens(*tokens.aminmax())
         packed = segments(tokens, cu_seqlens)
         targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
         if positions is None:
@@ -253,6 +255,12 @@ class Transformer(nn.Module):
         x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
         loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
         return loss, torch.full((), len(targets.ids), device=loss.device), {"correct": correct}
+
+    def _check_tokens(self, least: Tensor, most: Tensor) -> None:
+        """A rank's embedding takes foreign ids for another rank's, and would give zeros for those that no rank has."""
+        if least < 0 or most >= self.args.vocab_size:
+            wrong = int(least if least < 0 else most)
+            raise ValueError(f"tokens: {wrong} is none of this model's {self.args.vocab_size}: check the tokenizer")
 
     def _check_window(self, length: int) -> None:
         window = self.args.sliding_window

@@ -264,9 +264,10 @@ def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
 
     Raises ValueError for a name that matches nothing and for an empty set."""
     names = [n for n, _ in model.named_parameters()]
-    wanted = [p for p in tuning.trainable if not p.startswith("!")]
-    frozen = [p[1:] for p in tuning.trainable if p.startswith("!")]
-    saved = ["tok_embeddings" if m == "output" and "output.weight" not in names else m for m in tuning.modules_to_save]
+    tied = {} if "output.weight" in names else {"output": "tok_embeddings", "output.weight": "tok_embeddings.weight"}
+    wanted = [tied.get(p, p) for p in tuning.trainable if not p.startswith("!")]
+    frozen = [tied.get(p[1:], p[1:]) for p in tuning.trainable if p.startswith("!")]
+    saved = [tied.get(m, m) for m in tuning.modules_to_save]
     for flag_name, patterns in (("trainable", wanted + frozen), ("modules_to_save", saved)):
         for pattern in patterns:
             if not any(matches(n, pattern) for n in names):

@@ -130,8 +130,11 @@ class Profile:
         self.profiler.start()
 
     def stop(self, step: int) -> None:
-        """Writes what there is, where the profiler is at work; a run that ends within its steps calls it too."""
+        """Writes what there is, where the profiler is at work; at the end of a run, says where it never was."""
         if self.profiler is None:
+            if not self.started_at:
+                steps = f"--profile_steps {self.first}:{self.last}"
+                log.say(f"{steps}: the run ended at step {step}, nothing is recorded", self.rank)
             return
         if self.range is not None:
             self.range.__exit__(None, None, None)

@@ -17,6 +17,7 @@ from accessory.checkpoint import export, resume
 from accessory.checkpoint.save import Beside, Saver
 from accessory.data import carried
 from accessory.data.loader import first_batches, windows_per_epoch
+from accessory.data.readers import prompt_lines
 from accessory.model import Transformer, shard_dim
 from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
@@ -58,6 +59,7 @@ def train(
     and `report`, alike on every rank; `data` also has num_workers. Every rank calls it."""
     groups.init(parallel.model_parallel_size)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
+    profiled = loop_args.profile_steps
     if loop_args.as_test:  # beside the run itself, which it must not disturb, and always anew
         run = dataclasses.replace(
             run, output_dir=str(Path(run.output_dir) / "as_test"), resume=None, overwrite_output_dir=True
@@ -80,7 +82,10 @@ def train(
     check_judged(loop_args, val_set)
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
-    check_steps(loop_args.profile_steps, max_steps)
+    real = dataclasses.replace(loop_args, as_test=False)
+    check_steps(
+        profiled, real.total_steps(windows_per_epoch(len(train_set), real.sequences_per_step(groups.dp_size())))
+    )
     figures = plan.plan(model, checkpoint, parallel, loop_args, optimizer_args, train_set, max_steps)
     parallel = dataclasses.replace(parallel, checkpointing=figures["checkpointing"])  # what auto has become
     for line in plan.lines(figures):
@@ -216,9 +221,7 @@ def save_tokenizer(tokenizer: Tokenizer, into: Path, template: dict[str, Any] | 
 def read_prompts(given: str | None) -> list[str]:
     if not given:
         return []
-    if Path(given).is_file():
-        return [line.strip() for line in Path(given).read_text(encoding="utf-8").splitlines() if line.strip()]
-    return [given]
+    return prompt_lines(given, "--sample_prompts") if Path(given).is_file() else [given]
 
 
 def resolved(*sections: Any) -> dict[str, Any]:

@@ -32,7 +32,6 @@ from accessory.train.state import TrainState
 
 SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitioner takes again what costs least
 AS_TEST_TOKENS = 256  # that --as_test calibrates on
-MAX_SPARE_ROWS = 512  # an embedding may have so many rows more than the tokenizer has tokens: published ones are padded
 
 
 @dataclass
@@ -185,12 +184,7 @@ def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
         raise ValueError(
             f"{run.pretrained_path} has no tokenizer.model or tokenizer.json beside it: name one with --tokenizer_path"
         )
-    tokenizer = Tokenizer.open(path)
-    if not 0 <= args.vocab_size - tokenizer.vocab_size <= MAX_SPARE_ROWS:
-        raise ValueError(
-            f"--tokenizer_path {path} has {tokenizer.vocab_size} tokens, the embedding of {run.pretrained_path} has {args.vocab_size} rows: they do not belong together, name the checkpoint's own, or grow the model with tools/expand_vocab.py"
-        )
-    return tokenizer
+    return Tokenizer.open_for(path, args.vocab_size, run.pretrained_path)
 
 
 def calibration_tokens(parallel: ParallelArgs, args: ModelArgs, as_test: bool) -> int:
@@ -244,6 +238,14 @@ def state_at(path: Path, position: dict[str, Any]) -> TrainState:
         if state.data.get(key) != position.get(key):
             raise ValueError(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
+            )
+    if position.get("calibration_tokens"):
+        told = json.loads((path / resume.MANIFEST).read_text())
+        then, now = f"{told['mp']} x {told['dp']}", f"{groups.mp_size()} x {groups.dp_size()}"
+        if then != now:
+            log.say(
+                f"the 4-bit base is rounded anew on {now} ranks (model x data parallel; {then} when it was saved) and will differ: the loss may jump. Go on with as many as then, or begin with --calibration_tokens 0",
+                groups.rank(),
             )
     if (then := state.data.get("optim_states", "fp32")) != position["optim_states"]:
         log.say(

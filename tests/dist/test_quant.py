@@ -2,6 +2,8 @@
 and continued on another, and its adapter merged into the exact base."""
 
 import dataclasses
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -177,20 +179,23 @@ def finetune(base: Path, data: Path, out: Path, steps: int, mp: int, quant: str 
 
 
 def one_life(base: Path, data: Path, out: Path) -> list[str]:
-    """2 steps at mp 2; with the exact base, refused; 2 more at mp 1 x dp 2; another run that would save whole weights."""
-    return [
-        finetune(base, data, out, 2, 2, "nf4"),
-        finetune(base, data, out, 4, 2, None),
-        finetune(base, data, out, 4, 1, "nf4"),
-        finetune(base, data, out / "whole", 2, 1, "nf4", only_save_trainable=False),
-    ]
+    """2 steps at mp 2; with the exact base, refused; 2 more at mp 1 x dp 2; another run that would save whole weights; what the
+    first two and the third said."""
+    with contextlib.redirect_stdout(io.StringIO()) as same:
+        first, exact = finetune(base, data, out, 2, 2, "nf4"), finetune(base, data, out, 4, 2, None)
+    with contextlib.redirect_stdout(io.StringIO()) as other:
+        second = finetune(base, data, out, 4, 1, "nf4")
+    whole = finetune(base, data, out / "whole", 2, 1, "nf4", only_save_trainable=False)
+    return [first, exact, second, whole, same.getvalue(), other.getvalue()]
 
 
 def test_a_run_is_saved_continued_and_merged_into_the_exact_base(tmp_path: Path) -> None:
     base = write_tiny_checkpoint(tmp_path / "base", tiny_args(vocab_size=320), dtype=torch.bfloat16)
     data = write_tiny_data(tmp_path / "data")
-    first, exact, second, whole = run_ranks(one_life, base, data, tmp_path / "run", world=2)[0]
+    first, exact, second, whole, same, other = run_ranks(one_life, base, data, tmp_path / "run", world=2)[0]
     assert first == second == ""
+    assert "rounded anew on 1 x 2 ranks (model x data parallel; 2 x 1 when it was saved)" in other
+    assert "rounding to nf4" in same and "rounded anew" not in same
     assert "--quant changed (nf4 then, None now)" in exact
     assert whole.startswith("--only_save_trainable false with --quant nf4") and "merge_lora" in whole
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]

@@ -38,16 +38,18 @@ def test_as_test_leaves_the_run_alone_and_then_the_run_keeps_its_best(tmp_path):
     flags |= {"max_steps": 60, "eval_steps": 1, "save_steps": 7, "early_stop_patience": 3, "keep_best_n": 3}
     flags |= {"save_total_limit": 1}
 
-    def command(*more: str) -> str:
+    def command(*more: str, well: bool = True) -> str:
         (tmp_path / "wandb.py").write_text(WANDB)
         path = f"{tmp_path}{os.pathsep}{ROOT}"
         done = Launch(
             [sys.executable, *FINETUNE, *as_flags(flags), *more], tmp_path / "run.log", PYTHONPATH=path
         ).wait()
-        assert done.code == 0, done.output
+        assert (done.code == 0) == well, done.output
         return done.output
 
     test, run_directory = tmp_path / "out" / "as_test", tmp_path / "out"
+    wrong = command("--as_test", "--profile_steps", "50:61", well=False)
+    assert "error: --profile_steps 50:61: the run has 60 step(s)" in wrong and not run_directory.exists()
     for _ in range(2):  # again: anew
         output = command("--as_test", "--lora_rank", "2")
         assert "as_test: one step, validation and a checkpoint went well" in output, output

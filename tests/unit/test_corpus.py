@@ -391,6 +391,15 @@ def begun(src: Path | list, dst: Path, tokenizer: Tokenizer, monkeypatch, **keys
             build(args_of(src, dst, tokenizer, unit_bytes=2000, **keys))
 
 
+def test_a_build_that_ended_before_its_first_unit_may_be_given_anew(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    src = tmp_path / "a.jsonl"
+    src.write_text('{"text": "some words"}\n')
+    with pytest.raises(ValueError, match="unknown field nosuch"):
+        build(args_of(src, tmp_path / "s", tokenizer, field="nosuch"))
+    build(args_of(src, tmp_path / "s", tokenizer, field="text"))
+    assert (tmp_path / "s").is_dir() and not (tmp_path / "s.part").exists()
+
+
 def test_what_changed_between_a_kill_and_the_continuation(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
     src = write_mixed(tmp_path / "src")
     begun(src, tmp_path / "s", tokenizer, monkeypatch)

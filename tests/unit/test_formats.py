@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from accessory.checkpoint.formats import open_checkpoint
 from accessory.checkpoint.formats_read import TorchFile, file_sha256
-from accessory.checkpoint.formats_write import new_directory, write_consolidated, write_hf, write_meta
+from accessory.checkpoint.formats_write import cast, new_directory, write_consolidated, write_hf, write_meta
 from accessory.model.args import ModelArgs
 from accessory.weights import TensorSource, require_keys
 from accessory.weights.reshard import split
@@ -407,6 +407,35 @@ def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "a").rglob("*")] == ["out", "whole"]
     with pytest.raises(ValueError, match="--dst .*out is already there"), new_directory(tmp_path / "a/out"):
         pass
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
+def test_a_tool_that_is_stopped_takes_away_what_it_began(tmp_path: Path, end: signal.Signals) -> None:
+    program = """
+import time
+from accessory.checkpoint.formats_write import new_directory
+from accessory.config import run_tool
+def main(*, dst: str) -> None:
+    with new_directory(dst) as directory:
+        print(directory, flush=True)
+        time.sleep(60)
+run_tool(main)
+"""
+    command = [sys.executable, "-c", program, "--dst", str(tmp_path / "a/out")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+        begun = Path(process.stdout.readline().strip())
+        assert begun.is_dir() and begun.parent == tmp_path / "a"
+        process.send_signal(end)
+        assert process.wait(30) != 0
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_fp16_refuses_what_it_cannot_hold() -> None:
+    wide = torch.tensor([1.0, 65504.0, float("-inf")])
+    assert cast("w", wide, torch.float16).tolist() == [1.0, 65504.0, float("-inf")]  # no worse than it was
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(ValueError, match=r"^w: 1.311e\+05 is more than fp16 holds \(65504\): take --dtype bf16$"):
+            cast("w", torch.tensor([1.0, -(2.0**17), float("inf")]).to(dtype), torch.float16)
 
 
 def test_a_full_disk_is_an_error_with_the_free_space(tmp_path: Path, tensors) -> None:

@@ -541,6 +541,9 @@ def test_a_tied_output_is_the_embedding() -> None:
         "layers.*.attention.wq.lora_a.weight",
         "layers.*.attention.wq.lora_b.weight",
     }
+    for head in ("output", "output.weight"):
+        assert kinds_of(TuningArgs(trainable=[head]), tie_word_embeddings=True) == {"tok_embeddings.weight"}
+        assert "tok_embeddings.weight" not in kinds_of(TuningArgs(trainable=[f"!{head}"]), tie_word_embeddings=True)
     model, _ = tuned(TuningArgs(lora_rank=2, modules_to_save=["output"]), tie_word_embeddings=True)
     mark_trainable(model, TuningArgs(lora_rank=2, modules_to_save=["output"]))
     tokens = tokens_of(1, 9)

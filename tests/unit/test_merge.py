@@ -147,6 +147,8 @@ def test_accessory_checkpoint_with_its_lora_inside(tmp_path: Path) -> None:
     write_consolidated(tmp_path / "both", whole.items(), ARGS.to_dict())
     with pytest.raises(ValueError, match="holds LoRA weights: merge them"):
         meta_to_hf.main(src=str(tmp_path / "both"), dst=str(tmp_path / "hf"))
+    with pytest.raises(ValueError, match="holds LoRA weights: merge them"):
+        reshard.main(src=str(tmp_path / "both"), dst=str(tmp_path / "two"), mp=2)
     merge_lora.main(adapters=[str(tmp_path / "both")], dst=str(tmp_path / "out"))
     out, name = open_checkpoint(tmp_path / "out"), "layers.1.feed_forward.w2.weight"
     a, b = (whole[n] for n in lora_names(name))

@@ -156,6 +156,11 @@ def test_a_run_that_ends_within_them_leaves_what_there_is(tmp_path: Path) -> Non
     recorder.stop(4)  # harmless
 
 
+def test_a_run_that_ends_before_them_says_so(tmp_path: Path, capsys) -> None:
+    Profile(tmp_path, 5, 6, rank=0).stop(3)
+    assert "--profile_steps 5:6: the run ended at step 3, nothing is recorded" in capsys.readouterr().out
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     plain, watched = run(validates=False), run(recorder=Profile(tmp_path, 1, 3, 0), validates=False)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
