@@ -44,19 +44,21 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
     if where.type == "cuda":
         where = default_device() if where.index is None else where
         torch.cuda.set_device(where)
-    if not dist.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.get_world_size()
+    launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1
+    # before ranks meet: one that refuses at once would leave another in the middle of connecting
     if model_parallel_size < 1 or world % model_parallel_size:
         allowed = [n for n in range(1, world + 1) if world % n == 0]
         raise ValueError(
             f"--model_parallel_size {model_parallel_size} does not fit the {world} running process(es): use "
             f"{' or '.join(map(str, allowed))}, or start a multiple of {max(model_parallel_size, 1)} (--nproc_per_node)"
         )
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
+        if launched:
+            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if fairscale_groups.model_parallel_is_initialized():
         if mp_size() != model_parallel_size:
             raise ValueError(f"model_parallel_size {model_parallel_size}: this process already runs at {mp_size()}")
