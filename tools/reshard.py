@@ -12,9 +12,9 @@ from accessory.weights.report import mapping_lines
 def main(*, src: str, dst: str, mp: int, embedding_dim: int = 0, dtype: str | None = None) -> None:
     """Writes consolidated.00.pth ... in --mp shards, for programs that want one file per rank; ours read any number.
 
-    --src is anything that can be read; LoRA must be merged first (tools/merge_lora.py). --embedding_dim is how tok_embeddings is split: 0 as in Llama 3, 1 as in Llama
-    1, 2 and Code Llama. --dtype is bf16, fp16 or fp32, by default the file's own. --dst must not exist. At the end
-    every kind of tensor is listed with its whole shape."""
+    --src is anything that can be read; LoRA must be merged first (tools/merge_lora.py). --embedding_dim is how
+    tok_embeddings is split: 0 as in Llama 3, 1 as in Llama 1, 2 and Code Llama. --dtype is bf16, fp16 or fp32, by
+    default the file's own. --dst must not exist. At the end every kind of tensor is listed with its whole shape."""
     split_on, stored = embedding_dim_of(embedding_dim), dtype_of(dtype)
     checkpoint = open_checkpoint(src)
     if checkpoint.adapter:

@@ -55,13 +55,14 @@ class Work:
     def check_settings(self) -> None:
         """The same build as the one that is half done here, or none is."""
         wanted = self.settings | {"sources": [s.name for s in self.sources]}
-        path, journal = self.part / SETTINGS, self.part / JOURNAL
-        if path.is_file() and journal.is_file() and journal.stat().st_size:
+        path, journal, finished = (self.part / name for name in (SETTINGS, JOURNAL, store.META))
+        begun = finished.is_file() or (journal.is_file() and journal.stat().st_size > 0)
+        if path.is_file() and begun:
             then = json.loads(path.read_bytes())
             if then != wanted:
                 what = difference(self.settings, then) or "other sources"
                 raise ValueError(f"{self.part} was begun with other settings ({what}): give the same, or remove it")
-        elif not (self.part / store.META).is_file():
+        elif not finished.is_file():
             for leftover in (JOURNAL, store.TOKENS, store.ENDS):
                 (self.part / leftover).unlink(missing_ok=True)
             write_json(path, wanted)

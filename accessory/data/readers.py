@@ -348,7 +348,9 @@ def examples(source: Source, stream: BinaryIO, options: Options) -> Iterator[tup
 
 
 def prompt_lines(path: str | Path, flag: str) -> list[str]:
-    """The lines of a text that have something on them. A line ends with a line feed, and a carriage return before it and nothing else; ValueError names the flag."""
+    """The lines of a text that have something on them; only a line feed, or a carriage return and one, ends a line.
+
+    ValueError names the flag."""
     try:
         text = Path(path).expanduser().read_text(encoding="utf-8-sig")  # a byte order mark goes
     except UnicodeDecodeError as error:
