@@ -12,6 +12,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     loss chunk     256 tokens' logits at a time (fp32: 512)         4 MiB of them
     supervised     head over the 35 % of tokens that are learnt     over all of them
     packed         documents side by side in one row                a padded row each
+    shared         29 tokens that all begin with once (Alpaca's)    in each document
     norm           RMSNorm's own backward                           torch's
     swiglu         silu and product one function                    step by step
     rotary         one product of complex numbers                   real numbers, as Meta's formula reads
@@ -29,7 +30,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accessory.config import run_tool
+from accessory.data.loader import collate
+from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, blocks, llama, rope
+from accessory.model.attention import Segments
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
 from accessory.model.norm import RMSNorm, rms_norm
@@ -38,12 +42,14 @@ from accessory.parallel.fsdp import DTYPES
 
 WIDTHS = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "rope_theta": 100000.0}
 DOCUMENTS = (0.18, 0.08, 0.25, 0.12, 0.05, 0.22, 0.10)  # lengths, as shares of the tokens
+BEGINNING = 29  # tokens of Alpaca's prompt before an instruction, with LLaMA's tokenizer
 ROWS = (
     "lora",
     "lora dropout",
     "loss chunk",
     "supervised",
     "packed",
+    "shared",
     "norm",
     "swiglu",
     "rotary",
@@ -106,6 +112,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
     if name == "packed":
         padded, labels = padded_rows(row, lengths)
         return step, lambda: model(padded, labels=labels)[0]
+    if name == "shared":
+        return lambda: model(**shared(row, lengths, True))[0], lambda: model(**shared(row, lengths, False))[0]
     if name == "norm":
         return step, lambda: with_other(RMSNorm, "forward", lambda self, x: rms_norm(x, self.weight, self.eps), step)
     if name == "swiglu":
@@ -164,6 +172,16 @@ def padded_rows(row: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
     padded = torch.nn.utils.rnn.pad_sequence(list(row[0].split(lengths)), batch_first=True)
     labels = [t.clone() for t in row[0].split(lengths)]
     return padded, torch.nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100)
+
+
+def shared(row: Tensor, lengths: list[int], share: bool) -> dict[str, Any]:
+    """The same documents, each with the first one's BEGINNING in the place of its own."""
+    examples = [
+        Example(torch.cat((row[0, :BEGINNING], t[BEGINNING:])).numpy(), BEGINNING + 1) for t in row[0].split(lengths)
+    ]
+    batch = collate(examples, share)
+    packed = Segments(batch.cu_seqlens, row.device, batch.after)
+    return {"tokens": batch.tokens, "labels": batch.labels, "cu_seqlens": packed}
 
 
 def interleaved(model: Transformer, on: Step, off: Step, rounds: int) -> tuple[list[float], list[float]]:

@@ -12,7 +12,8 @@ An item of the data set is one Example, or a list of them that belong together: 
 It counts as one of `batch_size` and `sequences_per_step`; its parts are sequences like any other.
 
 Padding-free: a micro batch is its sequences one after the other, with positions from 0 in each and their edges in
-`cu_seqlens`. Legend: N tokens of a micro batch, S sequences in it. Ranks arrive as integers; tensors are on the CPU.
+`cu_seqlens`; what prompts begin with alike may be there once, as a sequence that others come after (sharing.py).
+Legend: N tokens of a micro batch, S sequences in it. Ranks arrive as integers; tensors are on the CPU.
 Test: pytest tests/unit/test_loader.py
 """
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .sft import Example, ordered_map, rng
+from .sharing import shared
 
 Item = Example | list[Example]
 IGNORED = -100  # a label that is no target
@@ -36,8 +38,9 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # (1, N) int64
     labels: Tensor  # (1, N) int64, -100 where nothing is learnt; always so at the first token of a sequence
-    positions: Tensor  # (1, N) int64, from 0 in every sequence
+    positions: Tensor  # (1, N) int64, from 0 in every sequence, or from the end of the one that it comes after
     cu_seqlens: Tensor  # (S + 1,) int32, 0 ... N
+    after: Tensor  # (S,) int32: of each sequence, the one that its tokens come after, or -1: `Segments` wants it
 
 
 class Window(NamedTuple):
@@ -70,12 +73,13 @@ def train_windows(
     epoch: int,
     start_window: int = 0,
     num_workers: int = 0,
+    share_prompts: bool = False,
 ) -> Iterator[Window]:
     """The windows of one epoch for one dp rank, from `start_window` on (a resumed run names the next one).
 
     The order is dataset.epoch_order(seed, epoch) where there is such a method: something that gives the item at a
     position, len(dataset) of them; else a permutation that is drawn at once. `num_workers` threads prepare windows ahead;
-    they change nothing but the speed."""
+    they change nothing but the speed. `share_prompts`: see sharing.py."""
     assert 0 <= dp_rank < dp_size and batch_size > 0 < sequences_per_step, (dp_rank, dp_size, batch_size)
     total, count = (
         windows_per_epoch(len(dataset), sequences_per_step),
@@ -90,7 +94,7 @@ def train_windows(
         items = [dataset[i] for i in ids]
         cells = [cell(range(len(ids)), m * dp_size + dp_rank, batch_size) for m in range(count)]
         return Window(
-            micro_batches=[collate([items[k] for k in c] or [FILLER]) for c in cells],
+            micro_batches=[collate([items[k] for k in c] or [FILLER], share_prompts) for c in cells],
             num_tokens=sum(num_targets(e) for e in items),
             num_all_tokens=sum(num_tokens(item) for item in items),
             sample_ids=[ids[k] for c in cells for k in c],
@@ -122,13 +126,15 @@ def first_batches(dataset: Sequence[Item], tokens: int, *, seed: int, dp_rank: i
     return batches + ([collate(items)] if items else [])
 
 
-def eval_batches(dataset: Sequence[Item], *, eval_batch_size: int, dp_rank: int, dp_size: int) -> Iterator[Batch]:
+def eval_batches(
+    dataset: Sequence[Item], *, eval_batch_size: int, dp_rank: int, dp_size: int, share_prompts: bool = False
+) -> Iterator[Batch]:
     """Every example exactly once over all ranks, in the data set's order; equally many batches on each (fillers)."""
     assert 0 <= dp_rank < dp_size and eval_batch_size > 0, (dp_rank, dp_size, eval_batch_size)
     ids = range(len(dataset))
     for step in range(windows_per_epoch(len(ids), eval_batch_size * dp_size)):
         chosen = cell(ids, step * dp_size + dp_rank, eval_batch_size)
-        yield collate([dataset[i] for i in chosen] or [FILLER])
+        yield collate([dataset[i] for i in chosen] or [FILLER], share_prompts)
 
 
 def cell(ids: range, index: int, batch_size: int) -> range:
@@ -150,15 +156,19 @@ def num_tokens(item: Item) -> int:
     return sum(len(e.ids) for e in parts(item))
 
 
-def collate(items: list[Item]) -> Batch:
-    """Items -> one batch, their sequences end to end, without padding."""
+def collate(items: list[Item], share_prompts: bool = False) -> Batch:
+    """Items -> one batch, their sequences end to end, without padding; or with what their prompts have in common once."""
     examples = [example for item in items for example in parts(item)]
+    examples, after = shared(examples) if share_prompts else (examples, [-1] * len(examples))
     lengths = np.array([len(e.ids) for e in examples])
     ends = np.cumsum(lengths)
     starts = ends - lengths
     tokens = np.concatenate([e.ids for e in examples]).astype(np.int64)
-    positions = np.arange(len(tokens)) - np.repeat(starts, lengths)
+    begun = np.zeros_like(starts)
+    for i, before in enumerate(after):
+        begun[i] = begun[before] + lengths[before] if before >= 0 else 0
+    positions = np.arange(len(tokens)) - np.repeat(starts - begun, lengths)
     labels = np.where(np.concatenate([e.learnt() for e in examples]), tokens, IGNORED)
     cu_seqlens = np.concatenate([[0], ends]).astype(np.int32)
     rows = (torch.from_numpy(array[None]) for array in (tokens, labels, positions))
-    return Batch(*rows, torch.from_numpy(cu_seqlens))
+    return Batch(*rows, torch.from_numpy(cu_seqlens), torch.tensor(after, dtype=torch.int32))

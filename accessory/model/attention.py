@@ -1,6 +1,7 @@
 """Causal attention over one sequence per row, over packed sequences, or over a cache.
 
     packed row:   [ a a a a | b b | c c c ]    cu_seqlens 0 4 6 9: each sequence sees itself only, nothing is padding
+                                               after -1 0 0: b and c go on from a, which they see too (sharing.py)
 
 On CUDA in half precision packed rows go through torch's varlen kernel; elsewhere sequence by sequence (measured on CPU, ten
 documents in 2048 tokens: 9 times faster than a block mask), short ones on CPU as plain products (blocks.py).
@@ -18,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from accessory.model import blocks
+from accessory.model.sharing import Spread
 from accessory.parallel import groups, products
 
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
@@ -26,11 +28,16 @@ HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
 class Segments:
     """Bounds of the sequences packed in a row, in the forms that attention, rotary embedding and loss need. Made once a batch.
 
-    `device` is the tokens'. `cu_seqlens` had better be on the host: reading it from a GPU waits for the GPU."""
+    `device` is the tokens'. `cu_seqlens` had better be on the host: reading it from a GPU waits for the GPU. `after` (S,), there
+    too: of each sequence, the number of the one that its tokens come after, -1 for none; several may come after one."""
 
-    def __init__(self, cu_seqlens: Tensor, device: torch.device):
+    def __init__(self, cu_seqlens: Tensor, device: torch.device, after: Tensor | None = None):
         self.bounds: list[int] = cu_seqlens.tolist()
-        self.longest = max((b - a for a, b in zip(self.bounds, self.bounds[1:])), default=0)
+        alone = after is None or bool((after == -1).all())
+        self.spread = None if alone else Spread(self.bounds, after.tolist(), device)
+        whole = self.bounds if self.spread is None else self.spread.bounds
+        self.whole = None if self.spread is None else Segments(torch.tensor(whole), device)
+        self.longest = max((b - a for a, b in zip(whole, whole[1:])), default=0)  # with what it comes after
         self.alone = len(self.bounds) == 2
         self.cu_seqlens = groups.sent(cu_seqlens.int(), device)  # (S+1,)
         self.starts = self.cu_seqlens[:-1].long()
@@ -38,6 +45,8 @@ class Segments:
 
     @cached_property
     def positions(self) -> Tensor:  # (1, T)
+        if self.spread is not None:
+            return self.spread.gathered(self.whole.positions)
         lengths = self.cu_seqlens.diff().long()
         index = torch.arange(self.bounds[-1], device=lengths.device)
         return (index - self.starts.repeat_interleave(lengths, output_size=self.bounds[-1])).unsqueeze(0)
@@ -60,7 +69,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
     """softmax(q k^T / sqrt(Dh)) v, causal. q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). `mask` as SDPA takes it."""
     if packed is None or packed.alone:
         return _sdpa(q, k, v, mask)
-    if packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256:
+    takes = packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if takes and packed.spread is None:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
     return _one_by_one(q, k, v, packed)
 
@@ -68,6 +78,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
 @torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, half a second for every --help
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
     """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
+    if packed.spread is not None:
+        return packed.spread.gathered(attend(*map(packed.spread.spread, (q, k, v)), packed.whole, None))
     if blocks.faster(q, packed.longest):
         return blocks.attend(q[0], k[0], v[0], packed.bounds).unsqueeze(0)
     lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]

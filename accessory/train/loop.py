@@ -69,6 +69,11 @@ class LoopArgs:
         "try everything once, in output_dir/as_test: one step, validation on a few batches, a sample, a checkpoint",
     )
     seed: int = flag(0, "of the data's order, dropout and new weights")
+    share_prompts: bool = flag(
+        True,
+        "what prompts of a micro batch begin with alike goes through the layers once, where nothing of it is learnt; false: "
+        "each by itself, for comparison",
+    )
     profile_steps: str | None = flag(
         None,
         "first:last, steps from 1: what every kernel of them took, as a trace in output_dir/profile; none: no trace",
@@ -116,7 +121,7 @@ def every(steps: float, max_steps: int, windows: int) -> int:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on the device, but for what is read on the host: labels and the bounds of the sequences."""
     rows = {name: groups.sent(getattr(batch, name), device) for name in ("tokens", "positions")}
-    packed = Segments(batch.cu_seqlens, device)
+    packed = Segments(batch.cu_seqlens, device, batch.after)
     # neither is a plain tensor any more: FSDP would send those to the device
     return batch._replace(**rows, cu_seqlens=packed, labels=Targets(batch.labels, device, packed))
 
@@ -204,6 +209,7 @@ def fit(
         stream = train_windows(
             train_set, batch_size=args.batch_size, sequences_per_step=per_step, dp_rank=groups.dp_rank(), dp_size=dp_size,
             seed=args.seed, epoch=state.epoch, start_window=state.window, num_workers=num_workers,
+            share_prompts=args.share_prompts,
         )  # fmt: skip
         for window in stream:
             phases.mark("data")
@@ -278,6 +284,7 @@ def evaluate(
     batch_size: int,
     show_progress: bool,
     most_batches: int | None = None,
+    share_prompts: bool = True,
 ) -> dict[str, float]:
     """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks; or over the
     first `most_batches` of each rank.
@@ -288,7 +295,8 @@ def evaluate(
     was_training, device = model.training, groups.device()
     model.eval()
     sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, tokens, correct
-    batches = eval_batches(dataset, eval_batch_size=batch_size, dp_rank=groups.dp_rank(), dp_size=groups.dp_size())
+    ranks = {"dp_rank": groups.dp_rank(), "dp_size": groups.dp_size()}
+    batches = eval_batches(dataset, eval_batch_size=batch_size, share_prompts=share_prompts, **ranks)
     batches = itertools.islice(batches, most_batches)
     for batch in tqdm(batches, desc="validating", unit="batch", disable=not show_progress, leave=False):
         loss, count, metrics = objective(model, to_device(batch, device))

@@ -130,7 +130,8 @@ def train(
 
     def evaluate() -> dict[str, float]:
         most = loop.TEST_EVAL_BATCHES if loop_args.as_test else None
-        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, groups.rank() == 0, most)
+        shows, share = groups.rank() == 0, loop_args.share_prompts
+        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, shows, most, share)
 
     def sample(step: int) -> None:
         for prompt, text in zip(prompts, answer(train_set, model, tokenizer, prompts, SAMPLE_TOKENS)):

@@ -13,6 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from accessory.model import Transformer
+from accessory.model.attention import Segments
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
@@ -48,11 +49,13 @@ def model_of(layers: int, tuning: dict, **flags) -> Transformer:
     return model.train()
 
 
-def step(model: Transformer, lengths: list[int], trains: bool = True) -> int:
-    """One forward, and backward when training; frames traced so far."""
+def step(model: Transformer, lengths: list[int], trains: bool = True, shares: bool = False) -> int:
+    """One forward, and backward when training; frames traced so far. `shares`: all begin with the first document."""
     tokens = torch.randint(3, TINY["vocab_size"], (1, sum(lengths)))
+    after = torch.tensor([-1] + [0] * (len(lengths) - 1)) if shares else None
+    packed = Segments(torch.tensor([0, *lengths]).cumsum(0), torch.device("cpu"), after)
     with torch.set_grad_enabled(trains):
-        loss, _, _ = model.train(trains)(tokens, labels=tokens, cu_seqlens=torch.tensor([0, *lengths]).cumsum(0))
+        loss, _, _ = model.train(trains)(tokens, labels=tokens, cu_seqlens=packed)
         if trains:
             loss.backward()
     return counters["frames"]["total"]
@@ -71,6 +74,7 @@ def test_two_steps_of_a_kind_compile_and_no_other(monkeypatch, tuning: dict, fla
         model = model_of(2, tuning, **flags)
         traced = [step(model, lengths) for lengths in PACKS]
         assert 0 < traced[0] < traced[1] and traced[1:] == [traced[1]] * (len(PACKS) - 1), traced
+        assert [step(model, lengths, shares=True) for lengths in PACKS[:3]] == traced[-1:] * 3
         assert counter.frame_count <= most, counter.frame_count
 
         looks = [step(model, lengths, trains=False) for lengths in PACKS[:3]]  # validation, with graphs of its own

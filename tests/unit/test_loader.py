@@ -59,7 +59,7 @@ def test_collate_by_hand() -> None:
     assert batch.labels.tolist() == [[x, x, 7, 8, x, x, 4, x, x, x]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 7, 10]
-    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.int64, torch.int32]
+    assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.int64, torch.int32, torch.int32]
 
 
 def test_collate_any_examples() -> None:

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from accessory.data.loader import FILLER, collate
+from accessory.data.sft import Example
 from accessory.log import RunLog
 from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.attention import Segments
@@ -98,8 +100,10 @@ def meta_model(
 def test_a_batch_of_any_kind_reads_nothing_from_its_device(tuning: dict) -> None:
     model, rules = meta_model(tuning, "none", "fp32", {})
     examples = list(counting([9, 5, 14], TINY["vocab_size"], prompt=0.4))
-    for items in (examples, examples[:1], [FILLER]):
-        batch = to_device(collate(items), META)
+    alike = [Example(np.append(np.arange(20), [i, i]).astype(np.int32), 21) for i in range(3)]
+    for items in (examples, examples[:1], [FILLER], alike):
+        batch = to_device(collate(items, share_prompts=True), META)
+        assert bool((batch.after >= 0).any()) == (items is alike)
         loss, count, metrics = next_token(model.train(), batch)
         (loss / count).backward()
         rules.sum_partial()

@@ -1,0 +1,65 @@
+"""Common beginnings of prompts once, or in every sequence: the same loss and gradients, at every layout."""
+
+import numpy as np
+import pytest
+import torch
+
+from accessory.data.loader import num_tokens, train_windows
+from accessory.data.sft import Example
+from accessory.parallel import groups
+from accessory.train import objectives
+from accessory.train.loop import to_device
+from tests.dist import runs
+from tests.dist.runs import Case
+from tests.helpers import run_ranks
+
+CASES = [
+    *(Case(mp, dp, tuning) for tuning in ("full", "lora") for mp, dp in ((1, 1), (2, 1), (1, 2))),
+    Case(2, 2, "lora", checkpointing="selective"),
+    Case(4, 1, "full", checkpointing="full"),
+    Case(2, 1, "full", sequence_parallel=True),
+    Case(2, 2, "lora", sequence_parallel=True),
+]
+
+
+def examples() -> list[Example]:
+    """One system message of 13 tokens in front of all, another in the middle of some."""
+    draw, made = np.random.default_rng(2), []
+    first, then = draw.integers(1, 101, 13), draw.integers(1, 101, 9)
+    for i, n in enumerate([4, 12, 7, 9, 3, 16, 5, 8]):
+        begins = [first, then] if i % 3 else [first]
+        ids = np.concatenate([*begins, draw.integers(1, 101, n)]).astype(np.int32)
+        made.append(Example(ids, len(ids) - n + 1))
+    return made
+
+
+def first_step(case: Case, share: bool) -> tuple[float, int, dict[str, torch.Tensor]]:
+    """Mean loss, this rank's tokens and whole gradients of one step over all examples."""
+    run, data, seen = runs.prepare(case), examples(), 0
+    (window,) = train_windows(
+        data, batch_size=4, sequences_per_step=len(data), dp_rank=groups.dp_rank(), dp_size=case.dp, seed=3, epoch=0,
+        share_prompts=share,
+    )  # fmt: skip
+    total = torch.zeros(())
+    for batch in window.micro_batches:
+        loss, _, _ = objectives.next_token(run.model, to_device(batch, groups.device()))
+        (loss * case.dp / window.num_tokens).backward()
+        total += loss.detach()
+        seen += batch.tokens.shape[1]
+    run.rules.sum_partial()
+    torch.distributed.all_reduce(total)
+    return total.item() / case.mp / window.num_tokens, seen, runs.whole_gradients(run)
+
+
+@pytest.mark.parametrize("tuning", ["full", "lora"])
+def test_shared_is_unshared(tuning: str) -> None:
+    reference, everything, expected = run_ranks(first_step, Case(tuning=tuning), False, world=1)[0]
+    assert everything == sum(map(num_tokens, examples()))
+    for case in [c for c in CASES if c.tuning == tuning]:
+        for loss, seen, gradients in run_ranks(first_step, case, True, world=case.mp * case.dp):
+            assert seen < 0.75 * everything / case.dp, case
+            assert abs(loss / reference - 1) < 1e-5, case
+            assert gradients.keys() == expected.keys()
+            for name, gradient in gradients.items():
+                assert (gradient - expected[name]).abs().max() <= 1e-5 * max(1.0, expected[name].abs().max()), (case, name)
+                assert expected[name].any()
