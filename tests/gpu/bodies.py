@@ -224,19 +224,34 @@ def logits_and_loss_are_those_of_transformers(
 
 
 def packed_attention_is_that_of_each_sequence(
-    device: str, dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, lengths: list[int], bound: float
+    device: str,
+    dtype: torch.dtype,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    lengths: list[int],
+    bound: float,
+    after: Sequence[int] | None = None,
 ) -> Segments:
-    """attend() over packed rows and its gradients, against fp32 softmax(q k^T) v written out, one sequence at a time."""
+    """attend() over packed rows and its gradients, against fp32 softmax(q k^T) v written out, one sequence at a time, each with
+    those that it comes `after`."""
     draw = torch.Generator().manual_seed(0)
     total, bounds = sum(lengths), np.cumsum([0, *lengths])
     q, k, v, weight = (
         torch.randn(1, total, h, head_dim, generator=draw).to(device, dtype) for h in (heads, kv_heads, kv_heads, heads)
     )
-    packed = Segments(torch.from_numpy(bounds.astype(np.int32)), q.device)
+    before = [-1] * len(lengths) if after is None else list(after)
+    packed = Segments(torch.from_numpy(bounds.astype(np.int32)), q.device, torch.tensor(before))
     ours, plain = [t.clone().requires_grad_() for t in (q, k, v)], [t.float().requires_grad_() for t in (q, k, v)]
     y = attend(*ours, packed, None)
     (y.float() * weight.float()).sum().backward()
-    truth = torch.cat([written_out(*(t[0, a:b] for t in plain)) for a, b in zip(bounds, bounds[1:])]).unsqueeze(0)
+    truth = torch.zeros_like(plain[0])
+    for i in set(range(len(before))) - set(before):
+        rows = torch.arange(bounds[i], bounds[i + 1])
+        while (i := before[i]) >= 0:
+            rows = torch.cat((torch.arange(bounds[i], bounds[i + 1]), rows))
+        rows = rows.to(device)
+        truth = truth.index_copy(1, rows, written_out(*(t[0, rows] for t in plain)).unsqueeze(0))
     (truth * weight.float()).sum().backward()
     assert y.shape == truth.shape and y.dtype == dtype
     for name, got, want in [("y", y, truth), *((n, a.grad, b.grad) for n, a, b in zip("qkv", ours, plain))]:

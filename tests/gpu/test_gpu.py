@@ -43,6 +43,12 @@ def test_packed_attention_is_that_of_each_sequence(kv_heads: int, head_dim: int)
     bodies.packed_attention_is_that_of_each_sequence("cuda", torch.float32, 8, kv_heads, head_dim, lengths, bound=1e-4)
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.bfloat16, 2e-2), (torch.float32, 1e-4)], ids=str)
+def test_attention_after_a_common_beginning(dtype: torch.dtype, bound: float) -> None:
+    lengths, after = [300, 1, 129, 64, 512], [-1, 0, 0, 2, 2]
+    bodies.packed_attention_is_that_of_each_sequence("cuda", dtype, 8, 2, 64, lengths, bound, after)
+
+
 def test_packed_attention_of_odd_heads_does_without_the_kernel() -> None:
     bodies.packed_attention_is_that_of_each_sequence("cuda", torch.bfloat16, 4, 2, 12, [30, 7], bound=2e-2)
 

@@ -197,7 +197,7 @@ def test_it_goes_on_with_the_same_sequences_on_another_number_of_ranks(tmp_path:
         cells = [batch for of_rank in step[3] for batch in of_rank]
         return sorted(
             (tokens[0][a:b], labels[0][a:b], positions[0][a:b])
-            for tokens, labels, positions, edges in cells
+            for tokens, labels, positions, edges, _ in cells
             for a, b in zip(edges, edges[1:])
             if any(label != -100 for label in labels[0][a:b])  # but for fillers
         )

@@ -13,7 +13,7 @@ from accessory.data.loader import Batch, collate, eval_batches, num_targets
 from accessory.data.sft import Example
 from accessory.log import RunLog
 from accessory.model import attention, shard_dim
-from accessory.model.attention import Segments, attend, causal_varlen
+from accessory.model.attention import Segments, causal_varlen
 from accessory.model.llama import kv_copied
 from accessory.model.lora import TuningArgs, partial_grad
 from accessory.model.pretrained import build
@@ -24,7 +24,7 @@ from accessory.train import loop, optim
 from accessory.train.objectives import next_token
 from accessory.train.start import materialise
 from accessory.train.state import TrainState
-from tests.gpu.bodies import TINY, random_checkpoint
+from tests.gpu.bodies import TINY, packed_attention_is_that_of_each_sequence, random_checkpoint
 from tests.unit.test_device_paths import torch_2_10
 
 CPU = torch.device("cpu")
@@ -110,34 +110,14 @@ BOUNDS, AFTER = [0, 20, 33, 40, 41, 60, 75, 80], [-1, 0, 1, 1, 0, -1, 5]
 CHAINS = [[0, 1, 2], [0, 1, 3], [0, 4], [5, 6]]
 
 
-def one_by_one(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Each whole sequence by itself, in the inputs' own precision."""
-    y = torch.zeros_like(q)
-    for chain in CHAINS:
-        rows = torch.cat([torch.arange(BOUNDS[i], BOUNDS[i + 1]) for i in chain])
-        y = y.index_copy(1, rows, attend(q[:, rows], k[:, rows], v[:, rows], None, None))
-    return y
-
-
-def with_gradients(f, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> list[Tensor]:
-    inputs = [t.detach().clone().requires_grad_() for t in (q, k, v)]
-    y = f(*inputs)
-    return [y.detach(), *torch.autograd.grad(y, inputs, g)]
-
-
 @pytest.mark.parametrize("kernel", [False, True])
 @pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 def test_attention_is_that_of_whole_sequences(monkeypatch, dtype: torch.dtype, bound: float, kernel: bool) -> None:
     monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)  # bf16: by blocks, where there is no kernel
     if kernel:
         monkeypatch.setattr(attention, "_varlen_kernel", lambda device: causal_varlen(torch_2_10))
-    draw = torch.Generator().manual_seed(0)
-    tensors = [torch.randn(1, BOUNDS[-1], heads, 16, generator=draw).to(dtype) for heads in (4, 2, 2, 4)]
-    packed = Segments(torch.tensor(BOUNDS), CPU, torch.tensor(AFTER))
-    found = with_gradients(lambda *x: attend(*x, packed, None), *tensors)
-    exact = with_gradients(one_by_one, *(t.double() for t in tensors))
-    for a, b in zip(found, exact):
-        assert a.dtype == dtype and (a - b).abs().max() <= bound * b.abs().max()
+    lengths = [b - a for a, b in itertools.pairwise(BOUNDS)]
+    packed_attention_is_that_of_each_sequence("cpu", dtype, 4, 2, 16, lengths, bound, AFTER)
 
 
 def test_positions_and_the_longest_count_what_comes_before() -> None:
