@@ -26,9 +26,8 @@ def shared(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
     alike = np.array([common(prompts[a], prompts[b]) for a, b in zip(order, order[1:])], int)
     row: list[Example] = []
     after: list[int] = []
-    todo = [
-        (0, len(order), 0, -1)
-    ]  # order[first:end], whose first `begun` tokens end with sequence `before` of the row
+    # (first, end, begun, before): of order[first:end] the first `begun` tokens are in the row, up to its sequence `before`
+    todo = [(0, len(order), 0, -1)]
     while todo:
         first, end, begun, before = todo.pop()
         if end - first == 1:

@@ -33,6 +33,10 @@ class Segments:
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device, after: Tensor | None = None):
         self.bounds: list[int] = cu_seqlens.tolist()
+        if after is not None and len(after) != len(self.bounds) - 1:
+            raise ValueError(
+                f"after {tuple(after.shape)} for {len(self.bounds) - 1} sequences: one number for each is expected"
+            )
         alone = after is None or bool((after == -1).all())
         self.spread = None if alone else Spread(self.bounds, after.tolist(), device)
         whole = self.bounds if self.spread is None else self.spread.bounds

@@ -48,10 +48,8 @@ class Spread:
                 rows.append(torch.arange(bounds[part], bounds[part + 1]))
             self.bounds.append(end)
         first = torch.cat([there[0] for there in places])
-        self.rows = groups.sent(
-            torch.cat(rows), device
-        )  # (W,): of each token of a whole sequence, its place in the row
-        self.first = groups.sent(first, device)  # (T,): of each token of the row, where it is first in a whole sequence
+        self.rows = groups.sent(torch.cat(rows), device)  # (W,): of whole sequences' tokens, the places in the row
+        self.first = groups.sent(first, device)  # (T,): of the row's tokens, where they first are in whole sequences
         self.beginnings = [
             Beginning(bounds[i], bounds[i + 1] - bounds[i], groups.sent(torch.cat(places[i]), device))
             for i in sorted(begins - {-1})

@@ -71,8 +71,8 @@ class LoopArgs:
     seed: int = flag(0, "of the data's order, dropout and new weights")
     share_prompts: bool = flag(
         True,
-        "what prompts of a micro batch begin with alike goes through the layers once, where nothing of it is learnt; false: "
-        "each by itself, for comparison",
+        "the tokens with which prompts of a micro batch begin alike go through the layers once; false: each by itself, for "
+        "comparison",
     )
     profile_steps: str | None = flag(
         None,
