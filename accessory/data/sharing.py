@@ -14,13 +14,15 @@ import numpy as np
 from .sft import Example
 
 LEAST = 8  # tokens: fewer in common are not worth a sequence
-WORTH = 1 / 32  # of all tokens: attention copies its inputs, which costs some 2 % of what the layers do
+WORTH = (
+    1 / 20
+)  # of all tokens: attention copies its inputs and result, 2 % of a narrow model's time (CPU), and some memory
 
 
 def shared(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
     """-> (the same with common beginnings as sequences of their own, each before those that come after it; `after` of each),
     or the examples as they are, where too little is alike."""
-    prompts = [e.ids[: max(e.prompt_len - 1, 0)] for e in examples]
+    prompts = [e.ids[: max(first_learnt(e) - 1, 0)] for e in examples]
     keys = [p.astype(">i4").tobytes() for p in prompts]  # sorts as the ids do
     order = sorted(range(len(examples)), key=keys.__getitem__)  # so that those that are alike are neighbours
     alike = np.array([common(prompts[a], prompts[b]) for a, b in zip(order, order[1:])], int)
@@ -42,9 +44,15 @@ def shared(examples: Sequence[Example]) -> tuple[list[Example], list[int]]:
             begun, before = int(alike[cut]), len(row) - 1
         todo += [(cut + 1, end, begun, before), (first, cut + 1, begun, before)]
     tokens = sum(len(e.ids) for e in examples)
-    if tokens - sum(len(e.ids) for e in row) < max(1, WORTH * tokens):
+    if tokens - sum(len(e.ids) for e in row) < WORTH * tokens:
         return list(examples), [-1] * len(examples)
     return row, after
+
+
+def first_learnt(example: Example) -> int:
+    """Where; where nothing is, its length."""
+    learnt = example.learnt()
+    return int(learnt.argmax()) if learnt.any() else len(learnt)
 
 
 def without(example: Example, begun: int) -> Example:

@@ -33,9 +33,11 @@ class Segments:
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device, after: Tensor | None = None):
         self.bounds: list[int] = cu_seqlens.tolist()
-        if after is not None and len(after) != len(self.bounds) - 1:
+        rising = all(a < b for a, b in zip(self.bounds, self.bounds[1:]))
+        if after is not None and not (rising and len(after) == len(self.bounds) - 1):
             raise ValueError(
-                f"after {tuple(after.shape)} for {len(self.bounds) - 1} sequences: one number for each is expected"
+                f"cu_seqlens {tuple(cu_seqlens.shape)}, after {tuple(after.shape)}: rising bounds and one number for each "
+                "sequence between them are expected"
             )
         alone = after is None or bool((after == -1).all())
         self.spread = None if alone else Spread(self.bounds, after.tolist(), device)
@@ -83,7 +85,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
     """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
     if packed.spread is not None:
-        return packed.spread.gathered(attend(*map(packed.spread.spread, (q, k, v)), packed.whole, None))
+        to = packed.spread
+        return to.gathered(attend(to.queries(q), to.keys(k), to.keys(v), packed.whole, None))
     if blocks.faster(q, packed.longest):
         return blocks.attend(q[0], k[0], v[0], packed.bounds).unsqueeze(0)
     lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]

@@ -4,9 +4,9 @@
     spread      p p p a a | p p p b b b     q, k and v of whole sequences, as ordinary attention takes them
     gathered    p p p | a a | b b b         of its results; p's from the first sequence, they are alike in all
 
-Backward, k and v of p get the sum over the sequences, in fp32; p's results of the others were not used, so theirs is zero.
+Backward, k and v of p get the sum over the sequences. What q of p's further copies gave was not used, so q gets the first's.
 All indices are made on the host, once a batch: no GPU is waited for, and sums have one order. Proof: tests/unit/test_sharing.py.
-Shapes: T tokens of the row, W of the whole sequences, n sequences that begin with P tokens.
+Shapes: T tokens of the row, W of the whole sequences, R tokens of the row that are in n of these each.
 """
 
 from typing import Any, NamedTuple
@@ -18,10 +18,12 @@ from torch.autograd.function import once_differentiable
 from accessory.parallel import groups
 
 
-class Beginning(NamedTuple):
-    start: int  # in the row
-    length: int
-    copies: Tensor  # (n P,) where it is in the whole sequences, one copy after the other
+class Repeated(NamedTuple):
+    """The tokens that are in equally many whole sequences."""
+
+    rows: Tensor  # (R,) in the row
+    copies: Tensor  # (n R,) in the whole sequences: all of them once, then once more, ..
+    times: int  # n
 
 
 class Spread:
@@ -30,8 +32,9 @@ class Spread:
     def __init__(self, bounds: list[int], after: list[int], device: torch.device):
         """`after`: of each sequence of the row, the one that its tokens come after, -1 for none. Raises ValueError where that
         one is not earlier in the row."""
+        own = [torch.arange(a, b) for a, b in zip(bounds, bounds[1:])]  # places in the row
+        places: list[list[Tensor]] = [[] for _ in after]  # and, once each time, in the whole sequences
         rows: list[Tensor] = []
-        places: list[list[Tensor]] = [[] for _ in after]  # of each sequence of the row, in the whole ones
         self.bounds, begins = [0], set(after)
         for i, before in enumerate(after):
             if not -1 <= before < i:
@@ -43,21 +46,27 @@ class Spread:
                 parts.insert(0, before)
             end = self.bounds[-1]
             for part in parts:
-                start, end = end, end + bounds[part + 1] - bounds[part]
+                start, end = end, end + len(own[part])
                 places[part].append(torch.arange(start, end))
-                rows.append(torch.arange(bounds[part], bounds[part + 1]))
+                rows.append(own[part])
             self.bounds.append(end)
         first = torch.cat([there[0] for there in places])
         self.rows = groups.sent(torch.cat(rows), device)  # (W,): of whole sequences' tokens, the places in the row
         self.first = groups.sent(first, device)  # (T,): of the row's tokens, where they first are in whole sequences
-        self.beginnings = [
-            Beginning(bounds[i], bounds[i + 1] - bounds[i], groups.sent(torch.cat(places[i]), device))
-            for i in sorted(begins - {-1})
-        ]
+        self.repeated = []
+        for times in sorted({len(there) for there in places} - {1}):
+            alike = [i for i, there in enumerate(places) if len(there) == times]
+            copies = torch.cat([torch.stack(places[i]) for i in alike], 1).flatten()
+            of_row = torch.cat([own[i] for i in alike])
+            self.repeated.append(Repeated(groups.sent(of_row, device), groups.sent(copies, device), times))
 
-    def spread(self, x: Tensor) -> Tensor:
-        """(1, T, ..) -> (1, W, ..)"""
-        return _Spread.apply(x, self)
+    def queries(self, q: Tensor) -> Tensor:
+        """(1, T, H, Dh) -> (1, W, H, Dh), of whose results only `gathered` may be used."""
+        return _Spread.apply(q, self, False)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """Keys or values, (1, T, K, Dh) -> (1, W, K, Dh)."""
+        return _Spread.apply(x, self, True)
 
     def gathered(self, y: Tensor) -> Tensor:
         """(1, W, ..) -> (1, T, ..)"""
@@ -66,15 +75,15 @@ class Spread:
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: Spread) -> Tensor:
-        ctx.spread = spread
+    def forward(ctx: Any, x: Tensor, spread: Spread, sums: bool) -> Tensor:
+        ctx.spread, ctx.sums = spread, sums
         return x.index_select(1, spread.rows)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         total = gradient.index_select(1, ctx.spread.first)
-        for start, length, copies in ctx.spread.beginnings:
-            of_each = gradient.index_select(1, copies).unflatten(1, (-1, length))
-            total[:, start : start + length] = of_each.sum(1, dtype=torch.float32)
-        return total, None
+        for rows, copies, times in ctx.spread.repeated if ctx.sums else ():
+            each = gradient.index_select(1, copies).unflatten(1, (times, -1))
+            total.index_copy_(1, rows, each.sum(1))  # in fp32 inside, of 16 bit too
+        return total, None, None

@@ -284,7 +284,7 @@ def evaluate(
     batch_size: int,
     show_progress: bool,
     most_batches: int | None = None,
-    share_prompts: bool = True,
+    share_prompts: bool = False,
 ) -> dict[str, float]:
     """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks; or over the
     first `most_batches` of each rank.

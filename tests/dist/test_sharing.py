@@ -1,5 +1,8 @@
 """Common beginnings of prompts once, or in every sequence: the same loss and gradients, at every layout."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -7,11 +10,12 @@ import torch
 from accessory.data.loader import num_tokens, train_windows
 from accessory.data.sft import Example
 from accessory.parallel import groups
-from accessory.train import objectives
+from accessory.train import loop, objectives
 from accessory.train.loop import to_device
 from tests.dist import runs
 from tests.dist.runs import Case
-from tests.helpers import run_ranks
+from tests.dist.test_families import finetune
+from tests.helpers import run_ranks, write_tiny_checkpoint
 
 CASES = [
     *(Case(mp, dp, tuning) for tuning in ("full", "lora") for mp, dp in ((1, 1), (2, 1), (1, 2))),
@@ -63,3 +67,43 @@ def test_shared_is_unshared(tuning: str) -> None:
             for name, gradient in gradients.items():
                 assert (gradient - expected[name]).abs().max() <= 1e-5 * max(1.0, expected[name].abs().max()), (case, name)
                 assert expected[name].any()
+
+
+# --- main_finetune ----------------------------------------------------------------------------------------------------
+
+
+def tokens_seen(flags: dict[str, object]) -> list[int]:
+    """A run's tokens in each batch, those of its validations too."""
+    seen, usual = [], loop.to_device
+    loop.to_device = lambda batch, device: seen.append(batch.tokens.shape[1]) or usual(batch, device)
+    try:
+        finetune(flags)
+    finally:
+        loop.to_device = usual
+    return seen
+
+
+def lines_of(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_flag_and_a_run_that_goes_on_with_the_other(tmp_path: Path) -> None:
+    base, data = write_tiny_checkpoint(tmp_path / "base"), tmp_path / "data.jsonl"
+    rows = [{"instruction": f"Say {w}.", "output": w} for w in ("red", "blue", "green", "white") * 3]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = {"pretrained_path": base, "data_config": data, "val_ratio": 0.3, "batch_size": 4, "lr": 1e-3, "report_to": "none"}
+    flags |= {"precision": "fp32", "save_steps": 1, "eval_steps": 1, "resume": "auto"}
+    seen, lines = {}, {}
+    for name, shares in (("on", (True, True)), ("off", (False, False)), ("switched", (True, False))):
+        run, seen[name] = tmp_path / name, []
+        for steps, share in zip((1, 2), shares):
+            how = {"output_dir": run, "max_steps": steps, "lr_scheduler": "constant", "share_prompts": share}
+            seen[name] += run_ranks(tokens_seen, flags | how, world=1)[0]
+        lines[name] = lines_of(run)
+    half = len(seen["on"]) - 2  # the second run: a step and a validation
+    assert all(a < 0.7 * b for a, b in zip(seen["on"], seen["off"], strict=True))
+    assert seen["switched"] == seen["on"][:half] + seen["off"][half:]
+    for name in ("on", "switched"):
+        for one, other in zip(lines[name], lines["off"], strict=True):
+            for key in {"loss", "grad_norm", "val_loss", "val_accuracy", "tokens"} & one.keys():
+                assert one[key] == pytest.approx(other[key], rel=1e-5), (name, one["step"], key)

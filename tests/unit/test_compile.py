@@ -12,7 +12,7 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
-from accessory.model import Transformer
+from accessory.model import Transformer, attention
 from accessory.model.attention import Segments
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build, quantise
@@ -41,7 +41,7 @@ def model_of(layers: int, tuning: dict, **flags) -> Transformer:
     """As a run has it: compiled, sharded."""
     groups.init(1, on="cpu")
     checkpoint, args = random_checkpoint(TINY | {"n_layers": layers}, torch.float32)
-    tuning_args, parallel = TuningArgs(**tuning), ParallelArgs(precision="fp32", compile=True, **flags)
+    tuning_args, parallel = TuningArgs(**tuning), ParallelArgs(**{"precision": "fp32", "compile": True} | flags)
     model = build(checkpoint, args, tuning_args)
     mark_trainable(model, tuning_args)
     quantise(model, parallel)
@@ -92,3 +92,29 @@ def test_layers_share_their_graphs(monkeypatch) -> None:
             model = model_of(layers, {})
             found.append(([step(model, lengths) for lengths in PACKS[:2]], counter.frame_count))
     assert found[0] == found[1]
+
+
+@torch.library.custom_op("tests::like_q", mutates_args=())
+def like_q(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu: torch.Tensor, longest: int) -> torch.Tensor:
+    """In the place of the varlen kernel: as opaque to dynamo as it is."""
+    return q.clone()
+
+
+like_q.register_fake(lambda q, k, v, cu, longest: torch.empty_like(q))
+like_q.register_autograd(
+    lambda ctx, g: (g.clone(), *ctx.zeros, None, None),
+    setup_context=lambda ctx, inputs, output: setattr(ctx, "zeros", [torch.zeros_like(x) for x in inputs[1:3]]),
+)
+
+
+def test_with_a_kernel_too_prompts_that_are_shared_or_not_compile_once(monkeypatch) -> None:
+    """As on a GPU: attention is in the layer's graph where nothing is shared, and between two graphs where something is."""
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda device: like_q)
+    with counted_compiler(monkeypatch) as counter:
+        model = model_of(2, {}, precision="bf16")
+        whole = [step(model, lengths) for lengths in PACKS]
+        assert whole[1:] == [whole[1]] * (len(PACKS) - 1) and counter.frame_count <= 4, (whole, counter.frame_count)
+        cut = [step(model, lengths, shares=True) for lengths in PACKS]
+        assert cut[1:] == [cut[1]] * (len(PACKS) - 1) and counter.frame_count <= 14, (cut, counter.frame_count)
+        mixed = [step(model, lengths, shares=shares) for lengths in PACKS for shares in (False, True)]
+        assert mixed[2:] == [mixed[2]] * (len(mixed) - 2) and counter.frame_count <= 16, (mixed, counter.frame_count)

@@ -74,12 +74,15 @@ def test_every_distinct_beginning_is_there_once(monkeypatch: pytest.MonkeyPatch,
     assert sum(map(num_targets, row)) == sum(map(num_targets, examples))
     assert all(len(row[i].ids) >= least for i in set(after) - {-1})
     if least == 1:
-        heads = [tuple(e.ids[: max(e.prompt_len - 1, 0)].tolist()) for e in examples]
+        before = [len([*itertools.takewhile(lambda learnt: not learnt, e.learnt())]) for e in examples]
+        heads = [tuple(e.ids[: max(n - 1, 0)].tolist()) for e, n in zip(examples, before)]
         distinct = {head[:n] for head in heads for n in range(1, len(head) + 1)}
         rest = sum(len(e.ids) - len(head) for e, head in zip(examples, heads))
         saved = sum(map(len, heads)) - len(distinct)
         total = sum(len(e.ids) for e in examples)
-        assert sum(len(e.ids) for e in row) == (len(distinct) + rest if saved >= max(1, total / 32) else total)
+        assert sum(len(e.ids) for e in row) == (
+            len(distinct) + rest if saved and saved >= sharing.WORTH * total else total
+        )
 
 
 @pytest.mark.parametrize(
@@ -88,13 +91,24 @@ def test_every_distinct_beginning_is_there_once(monkeypatch: pytest.MonkeyPatch,
         [example("abcdefghijk", 10)],  # nobody else
         [example("abcdefghij", 9), example("abcdefgxyz", 9)],  # 7 tokens alike
         [example("abcdefghij", 0), example("abcdefghij", 1)],  # all is learnt
-        [example("abcdefghij" * 30, 9), example("abcdefghxx" + "a" * 250, 9)],  # 8 of 560
+        [example("abcdefghij" * 10, 9), example("abcdefghxx" + "a" * 80, 9)],  # 8 of 190
     ],
     ids=["alone", "short", "learnt", "little"],
 )
 def test_what_is_not_worth_it_stays_as_it_is(items: list[Example]) -> None:
     one, other = collate(items), collate(items, share_prompts=True)
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize(
+    "item",
+    [example("abcdefghijkl", 15), example("abcdefghijklmnop", 14, [[12, 13], [15, 16]])],
+    ids=["all", "spans first"],
+)
+def test_a_prompt_that_says_it_is_longer(item: Example) -> None:
+    row, after = sharing.shared([item, item, item])
+    assert wholes(row, after) == [(item.ids.tolist(), item.learnt().tolist())] * 3
+    assert after == [-1, 0, 0, 0] and all(len(e.ids) for e in row)
 
 
 def test_a_thousand_nested_prompts() -> None:
