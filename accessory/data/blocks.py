@@ -26,7 +26,7 @@ import numpy as np
 from ..config import flag
 from ..tokenizer import Tokenizer
 from .sft import Example
-from .store import Store
+from .store import AGAIN, ENDS, TOKENS, Store
 
 ROUNDS = 8
 SPLIT, PASS, EPOCH = 0, 1, 2  # what a permutation is for: part of its key
@@ -114,16 +114,23 @@ class Blocks:
         assert split in ("train", "val") and len(stores) == len(weights), (split, len(stores), len(weights))
         self.stores, self.block_size, self.separate, self.seed = stores, block_size, separate_documents, seed
         self.totals = [count_blocks(store, block_size, keep_last) for store in stores]
+        if (s := next((s for s, n in enumerate(self.totals) if not n), None)) is not None:
+            raise ValueError(
+                f"{stores[s].directory}: its {len(stores[s].tokens):,} tokens do not fill one --block_size {block_size}: give a "
+                "smaller one or --drop_last false, or leave the store out"
+            )
         held_out = [held_out_of(n, val_fraction, store) for n, store in zip(self.totals, stores)]
         self.offsets = [0 if split == "val" else n for n in held_out]  # where this side begins in the split permutation
         self.counts = [v if split == "val" else n - v for n, v in zip(self.totals, held_out)]
         self.per_epoch = [math.floor(n * w + 0.5) for n, w in zip(self.counts, weights)]
         self.bounds, self.epoch_bounds = ([0, *accumulate(c)] for c in (self.counts, self.per_epoch))
         self.splits = [Permutation(n, (seed, SPLIT, s)) for s, n in enumerate(self.totals)]
-        if not len(self):
-            raise ValueError(
-                f"--corpus: no {split} block left of {sum(self.totals)}: give more text, or a larger weight"
-            )
+        for store, weight, count, n in zip(stores, weights, self.per_epoch, self.counts):
+            if n and not count:
+                raise ValueError(
+                    f"--corpus {store.directory}={weight:g}: less than half of one of its {n} blocks an epoch, so none: give a "
+                    "larger weight or a smaller --block_size, or leave it out"
+                )
         settings = (weights, block_size, split, val_fraction, separate_documents, keep_last, seed)
         text = repr(([store.fingerprint for store in stores], settings))
         self.fingerprint: str = hashlib.sha256(text.encode()).hexdigest()  # equal where the same would be trained on
@@ -140,6 +147,14 @@ class Blocks:
         cut = self.separate and not is_cut(store)
         edges = [start, *(store.ends_between(start, stop).tolist() if cut else ()), stop]
         ids = store.tokens[start:stop].astype(np.int32)
+        known = store.meta["tokenizer"]["vocab_size"]
+        if ids.min() < 0 or ids.max() >= known:
+            wrong = ids[(ids < 0) | (ids >= known)][0]
+            raise ValueError(
+                f"{store.directory / TOKENS}: {wrong} in tokens {start} to {stop} is none of {known}: {AGAIN}"
+            )
+        if any(a > b for a, b in pairwise(edges)):
+            raise ValueError(f"{store.directory / ENDS}: does not rise in tokens {start} to {stop}: {AGAIN}")
         return [Example(ids[a - start : b - start], 0) for a, b in pairwise(edges) if b > a]
 
     def span(self, s: int, block: int) -> tuple[int, int]:

@@ -19,6 +19,7 @@ VERSION = 1
 FORMAT = "accessory token store"
 META, TOKENS, ENDS = "meta.json", "tokens.bin", "documents.bin"
 REBUILD = "build it again with tools/build_corpus.py"
+AGAIN = f"copy the store again, or {REBUILD}"
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -46,9 +47,7 @@ class Store:
         tokens = mapped(directory, TOKENS, np.dtype(meta["dtype"]), meta["tokens"])
         ends = mapped(directory, ENDS, np.dtype("<i8"), meta["documents"])
         if not len(ends) or ends[-1] != len(tokens):
-            raise ValueError(
-                f"{directory / ENDS}: does not end where {TOKENS} does: copy the store again, or {REBUILD}"
-            )
+            raise ValueError(f"{directory / ENDS}: does not end where {TOKENS} does: {AGAIN}")
         return Store(directory, meta, tokens, ends)
 
     def __len__(self) -> int:

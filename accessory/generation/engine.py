@@ -14,8 +14,6 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
-from accessory.parallel import groups
-
 COLDEST = 1e-6  # temperature: below, differences of logits leave fp32's range
 
 
@@ -52,21 +50,28 @@ def generate(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-    eos_ids: Sequence[int] = (),
+    eos_ids: int | Sequence[int] = (),
     seed: int = 0,
 ) -> list[list[int]]:
     """New token ids for each prompt (prompt and end token not included), at most max_new_tokens of them.
 
     temperature 0 is greedy; top_p keeps the smallest set of tokens with that much probability (Holtzman et al. 2019).
-    Raises ValueError for an empty prompt. Every rank calls it with the same prompts."""
-    if not prompts or any(len(p) == 0 for p in prompts):
+    Raises ValueError for an empty prompt and for arguments that are none. Every rank calls it with the same prompts."""
+    if isinstance(prompts, str) or any(isinstance(p, (str, int)) for p in prompts):
+        raise ValueError(
+            "prompts: a list of token ids for each prompt is expected; tokenizer.encode(text, bos=True) gives one"
+        )
+    if len(prompts) == 0 or any(len(p) == 0 for p in prompts):
         raise ValueError("a prompt is empty: give at least one token (the BOS id will do)")
-    was_training, device = model.training, groups.device()
+    if not temperature >= 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 and at most 1")
+    eos_ids = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
+    was_training, device = model.training, model.tok_embeddings.weight.device
     model.eval()
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = torch.tensor(prompt)
+        tokens[row, : len(prompt)] = torch.as_tensor(prompt)
     tokens = tokens.to(device)
     cache = KVCache(len(model.layers), len(prompts), tokens.shape[1] + max_new_tokens)
     positions = torch.arange(tokens.shape[1], device=device).expand_as(tokens)

@@ -62,9 +62,13 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
     """Checks the bounds against the tokens (B, T). Raises ValueError when they do not cover one row exactly."""
     if cu_seqlens is None:
         return None
+    if not isinstance(cu_seqlens, Segments) and (not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point()):
+        raise ValueError(
+            "cu_seqlens: a tensor of whole numbers is expected, 0, the end of each sequence, .., all tokens"
+        )
     packed = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments(cu_seqlens, tokens.device)
     rising = all(a < b for a, b in zip(packed.bounds, packed.bounds[1:]))
-    if tokens.shape[0] != 1 or packed.bounds[0] != 0 or packed.bounds[-1] != tokens.shape[1] or not rising:
+    if tokens.shape[0] != 1 or packed.bounds[:1] != [0] or packed.bounds[-1] != tokens.shape[1] or not rising:
         raise ValueError(
             f"cu_seqlens {packed.bounds[:3]}..{packed.bounds[-1]} do not cut one row of tokens {tuple(tokens.shape)}"
         )

@@ -221,10 +221,18 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | Segments | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
         cache: Cache | None = None,
     ) -> Any:
+        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
+            raise ValueError(
+                f"tokens {tuple(tokens.shape)} of {tokens.dtype}: whole numbers in (batch, tokens) are expected"
+            )
         if tokens.device.type == "cpu" and tokens.numel():  # a GPU would be waited for
             self._check_tokens(*tokens.aminmax())
         packed = segments(tokens, cu_seqlens)
         targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
+        if positions is not None and positions.shape not in (tokens.shape, (1, tokens.shape[1])):
+            raise ValueError(
+                f"positions {tuple(positions.shape)} for tokens {tuple(tokens.shape)}: one for each is expected"
+            )
         if positions is None:
             positions = (
                 packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
@@ -233,8 +241,10 @@ class Transformer(nn.Module):
             self._check_window(
                 packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1
             )
-        self.freqs = self.freqs.to(tokens.device)  # once: a copy from the host would wait for the GPU in every step
-        turns = rope.table(positions, self.freqs, self.rope_factor)
+        freqs = self.freqs.to(tokens.device)
+        if not tokens.is_meta:
+            self.freqs = freqs  # once: a copy from the host would wait for the GPU in every step
+        turns = rope.table(positions, freqs, self.rope_factor)
         divided = self.sequence_parallel and groups.mp_size() > 1 and cache is None
         x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)  # (N/mp, D) or (B, T, D)
         for layer in self.layers:

@@ -226,12 +226,19 @@ def packed_weights(model: nn.Module) -> dict[str, LoRA]:
 
 
 def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
-    """Adds what fine-tuning needs beside the checkpoint's weights, empty: adapters, and biases where there are none."""
+    """Adds what fine-tuning needs beside the checkpoint's weights: adapters, and biases where there are none. To a model that is
+    on meta, empty; to one with weights, in fp32 and as they begin, so that the result is at first the same."""
     for name, module in linears(model):
         if rank := tuning.rank_of(name):
             module.add_lora(rank, tuning.scale_of(name), tuning.lora_dropout)
         if tuning.bias_tuning and module.bias is None:
             module.bias = nn.Parameter(torch.empty(module.weight.shape[0], device="meta"))
+    loaded = [p for p in model.parameters() if not p.is_meta]
+    if loaded:
+        from accessory.model.llama import set_parameter
+
+        for name in [n for n, p in model.named_parameters() if p.is_meta]:
+            set_parameter(model, name, initial_value(model, name, seed=0).to(loaded[0].device))
 
 
 def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:

@@ -28,9 +28,9 @@ def load(
     path: str | Path | Sequence[str | Path],
     model_parallel_size: int = 1,
     pretrained_type: str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
     device: torch.device | str | None = None,
-    llama_config: Sequence[str | Path] = (),
+    llama_config: str | Path | Sequence[str | Path] = (),
     base: str | Path | None = None,
     mapped: bool = True,
 ) -> Transformer:
@@ -38,18 +38,32 @@ def load(
     several laid over each other: a list, or "a,b,c" (checkpoint/lists.py).
 
     Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
-    logits on all. dtype: None keeps the embedding's. device: None is this rank's GPU, or the CPU. base: where an adapter's
+    logits on all. dtype: None keeps the embedding's. device: None is that of an earlier call, else this rank's GPU or the CPU. base: where an adapter's
     base is, when it is no longer where its adapter.json says. mapped: on the CPU, weights that a file holds as they are
     wanted stay pages of that file, read when they are used and given back when memory is short. To change them changes no
     file; a file that is written over or cut while the model lives changes the model, or ends the process with SIGBUS (one
     that is deleted, or replaced by another of its name, does not). False copies all.
     Raises ValueError naming file and key for anything that does not fit."""
+    if not path:
+        raise ValueError(f"path {path!r}: name the checkpoint's file or directory")
+    dtype = dtype_named(dtype)
     groups.init(model_parallel_size, on=device)
-    checkpoint, args = open_pretrained(path, pretrained_type, llama_config, base)
+    configs = [llama_config] if isinstance(llama_config, (str, Path)) else llama_config
+    checkpoint, args = open_pretrained(path, pretrained_type, configs, base)
     model = build(checkpoint, args, carried_tuning(checkpoint))
     dtype = dtype or checkpoint.source.dtype("tok_embeddings.weight")
     fill(model, checkpoint, dtype_of=lambda name: dtype, device=groups.device(), mapped=mapped)
     return model.eval()
+
+
+def dtype_named(given: torch.dtype | str | None) -> torch.dtype | None:
+    """A torch dtype, or one by its name, torch's or that of --precision."""
+    found = DTYPES.get(given) or getattr(torch, given.removeprefix("torch."), None) if isinstance(given, str) else given
+    if found is None and given is None:
+        return None
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {given!r}: expected torch.float32, torch.bfloat16 or torch.float16, or a name: bf16")
+    return found
 
 
 def open_pretrained(

@@ -34,6 +34,8 @@ class Targets:
 def targets_of(labels: Tensor | Targets, tokens: Tensor, packed: Segments | None, vocab_size: int) -> Targets:
     """Raises ValueError where there is not a label for each token, or one is no token's id: the loss would be wrong, and
     nothing else would tell."""
+    if isinstance(labels, Tensor) and labels.is_floating_point():
+        raise ValueError(f"labels of {labels.dtype}: token ids are expected, {IGNORED} where nothing is learnt")
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {tuple(labels.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
     targets = labels if isinstance(labels, Targets) else Targets(labels, tokens.device, packed)

@@ -36,13 +36,30 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def checked(given: torch.device | str) -> torch.device:
+    """The device; ValueError where it is none that there is here."""
+    try:
+        where = torch.device(given)
+    except (RuntimeError, TypeError):
+        where = torch.device("meta")
+    if where.type == "cuda" and torch.cuda.is_available() and (where.index or 0) < torch.cuda.device_count():
+        return default_device() if where.index is None else where
+    if where.type == "cuda":
+        raise ValueError(
+            f"device {given!r}: torch sees {torch.cuda.device_count()} GPU(s) here; leave it out, or 'cpu'"
+        )
+    if where.type != "cpu":
+        raise ValueError(f"device {given!r}: expected 'cpu', 'cuda' or 'cuda:N'")
+    return where
+
+
 def init(model_parallel_size: int = 1, on: torch.device | str | None = None, timeout_minutes: float = 30) -> None:
     """Makes the groups. Every rank calls it; calling again with the same size is harmless.
 
-    Raises ValueError when the size does not divide the number of processes (fairscale alone would clamp it in silence)."""
-    where = torch.device(on) if on is not None else default_device()
+    `on`: the device, "cpu", "cuda" or "cuda:N"; none: this rank's GPU or the CPU, or that of an earlier call. Raises ValueError
+    when the size does not divide the number of processes (fairscale alone would clamp it in silence), or there is no such device."""
+    where = default_device() if on is None else checked(on)
     if where.type == "cuda":
-        where = default_device() if where.index is None else where
         torch.cuda.set_device(where)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
     world = dist.get_world_size() if dist.is_initialized() else int(os.environ["WORLD_SIZE"]) if launched else 1

@@ -97,7 +97,7 @@ def train(
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
     position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
     position |= {"calibration_tokens": tokens} if parallel.quant else {}
-    state = state_at(resumed, position) if resumed is not None else TrainState()
+    state = state_at(resumed, position, data) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:
         log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
@@ -105,7 +105,8 @@ def train(
 
     clock, calibrate_on = Stopwatch(), None
     if tokens:
-        log.say(f"rounding to {parallel.quant} by what it does to {tokens:,} training tokens", groups.rank())
+        some = min(tokens, train_set.report.tokens)
+        log.say(f"rounding to {parallel.quant} by what it does to {some:,} training tokens", groups.rank())
         ranks = {"dp_rank": groups.dp_rank(), "dp_size": groups.dp_size()}
         calibrate_on = first_batches(train_set, tokens, seed=loop_args.seed, **ranks)
     materialise(model, checkpoint, parallel, loop_args.seed, calibrate_on)

@@ -184,7 +184,7 @@ def open_tokenizer(run: RunArgs, checkpoint: Any, args: ModelArgs) -> Tokenizer:
         raise ValueError(
             f"{run.pretrained_path} has no tokenizer.model or tokenizer.json beside it: name one with --tokenizer_path"
         )
-    return Tokenizer.open_for(path, args.vocab_size, run.pretrained_path)
+    return Tokenizer.open_for(path, args.vocab_size, run.pretrained_path or "--llama_config (its vocab_size)")
 
 
 def calibration_tokens(parallel: ParallelArgs, args: ModelArgs, as_test: bool) -> int:
@@ -223,9 +223,20 @@ def materialise(
     shard(model)
 
 
-def state_at(path: Path, position: dict[str, Any]) -> TrainState:
+def changed_flags(run: Path, data: Any) -> str:
+    """Which of the data's flags are not what the run in this directory had."""
+    try:
+        before = json.loads((run / "config.json").read_text())[type(data).__name__]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = {}
+    now, free = dataclasses.asdict(data), ("num_workers", "preview")
+    changed = [f"--{k} {before[k]} then, {v} now" for k, v in now.items() if before.get(k, v) != v and k not in free]
+    return "; ".join(changed) or "its files or the tokenizer, not its flags"
+
+
+def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
     """Where the checkpoint `path` stands; its weights and moments are `resume.load`'s. Raises ValueError when the order of
-    samples would differ."""
+    samples would differ, with the flags among `data` that are not what they were."""
     saved = resume.read_state(path)
     state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
     for key, name in (
@@ -236,6 +247,10 @@ def state_at(path: Path, position: dict[str, Any]) -> TrainState:
         ("calibration_tokens", "--calibration_tokens"),
     ):
         if state.data.get(key) != position.get(key):
+            if key == "fingerprint":
+                raise ValueError(
+                    f"--resume {path}: the training data changed ({changed_flags(path.parent, data)}): restore it, or start anew in another --output_dir"
+                )
             raise ValueError(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
             )

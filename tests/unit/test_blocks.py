@@ -23,8 +23,8 @@ FROZEN = {(0, 2, 0): [16, 0, 4, 11, 13, 5, 8, 1, 15, 3, 18, 6, 12, 14, 2, 7, 17,
 
 def make_store(path: Path, lengths: list[int], first: int = 0, **keys) -> Store:
     """Documents of these lengths; the ids count up from `first` through the whole store."""
-    ids = iter(range(first, first + sum(lengths)))
-    return Store.open(write_store(path, [[next(ids) for _ in range(n)] for n in lengths], **keys))
+    ids, most = iter(range(first, first + sum(lengths))), max(320, first + sum(lengths))
+    return Store.open(write_store(path, [[next(ids) for _ in range(n)] for n in lengths], most, **keys))
 
 
 def flat(item: list) -> list[int]:
@@ -166,6 +166,40 @@ def test_a_split_that_leaves_nothing(tmp_path: Path) -> None:
         Blocks([make_store(tmp_path / "s", [4])], [1.0], 10, "train", 0.9)
 
 
+@pytest.mark.parametrize(
+    "lengths, keys, message",
+    [
+        (
+            [[40], [9]],
+            {"keep_last": False},
+            r"b: its 9 tokens do not fill one --block_size 10: give a smaller one or --drop_last",
+        ),
+        ([[9]], {"keep_last": False}, "a: its 9 tokens do not fill one"),
+        ([[40], [40]], {"weights": [1.0, 0.1]}, "b=0.1: less than half of one of its 4 blocks an epoch"),
+    ],
+)
+def test_a_store_that_would_not_be_trained_on(tmp_path: Path, lengths: list, keys: dict, message: str) -> None:
+    stores = [make_store(tmp_path / name, each) for name, each in zip("ab", lengths)]
+    with pytest.raises(ValueError, match=message):
+        Blocks(stores, **{"weights": [1.0] * len(stores), "block_size": 10} | keys)
+
+
+def test_a_store_that_was_spoilt_and_kept_its_size(tmp_path: Path) -> None:
+    store = make_store(tmp_path / "s", [5, 7, 8])
+    known, ends = store.meta["tokenizer"]["vocab_size"], store.ends.copy()
+    tokens = np.array(store.tokens)
+    tokens[3] = known
+    blocks = Blocks([Store(store.directory, store.meta, tokens, ends)], [1.0], 20)
+    with pytest.raises(
+        ValueError, match=f"{TOKENS}: {known} in tokens 0 to 20 is none of {known}: copy the store again"
+    ):
+        blocks[0]
+    ends[[0, 1]] = ends[[1, 0]]
+    blocks = Blocks([Store(store.directory, store.meta, np.array(store.tokens), ends)], [1.0], 20)
+    with pytest.raises(ValueError, match=f"{ENDS}: does not rise in tokens 0 to 20: copy the store again"):
+        blocks[0]
+
+
 # --- through the loader -----------------------------------------------------------------------------------------------
 
 
@@ -263,7 +297,7 @@ def test_load_corpus_errors(tmp_path: Path) -> None:
     for word in ("a=0", "a=x", "a=-1", "a=nan", "a=inf", "a="):
         with pytest.raises(ValueError, match=f"--corpus {word}: the weight is a number above 0"):
             path_and_weight(word)
-    with pytest.raises(ValueError, match="no train block left"):
+    with pytest.raises(ValueError, match="a: its 30 tokens do not fill one --block_size 64"):
         load_corpus(PretrainDataArgs([str(tmp_path / "a")], block_size=64, drop_last=True), TOKENIZER, 0)
     (tmp_path / "d=2").mkdir()
     assert path_and_weight(str(tmp_path / "d=2")) == (tmp_path / "d=2", 1.0)

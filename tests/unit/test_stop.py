@@ -3,6 +3,7 @@
 The loop is the real one, over a model of two numbers, with validations that are given: `fit` plays a run of many steps in
 a second, on disk as a run leaves it (state.json through JSON, real retention). By the command line: tests/e2e/test_stop.py."""
 
+import dataclasses
 import json
 import math
 import signal
@@ -16,13 +17,14 @@ import torch
 from torch import nn
 
 from accessory.checkpoint import resume
+from accessory.data.blocks import PretrainDataArgs
 from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.lora import partial_grad
 from accessory.parallel import groups
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
-from accessory.train.start import RunArgs
+from accessory.train.start import RunArgs, changed_flags
 from accessory.train.state import TrainState
 
 NAN = float("nan")
@@ -298,3 +300,12 @@ def test_validation_of_a_few_batches():
         found = loop.evaluate(model, objectives.next_token, data, 2, False, most)
         assert abs(found["val_loss"] - expected(count)) < 1e-5
         assert abs(found["val_perplexity"] - math.exp(expected(count))) < 1e-2
+
+
+def test_which_flags_of_the_data_changed(tmp_path) -> None:
+    then = PretrainDataArgs(corpus=["a", "b=0.5"], block_size=64)
+    (tmp_path / "config.json").write_text(json.dumps({"PretrainDataArgs": dataclasses.asdict(then)}))
+    now = dataclasses.replace(then, block_size=32, drop_last=True, num_workers=4)
+    assert changed_flags(tmp_path, now) == "--block_size 64 then, 32 now; --drop_last False then, True now"
+    for directory in (tmp_path, tmp_path / "nowhere"):
+        assert changed_flags(directory, then) == "its files or the tokenizer, not its flags"

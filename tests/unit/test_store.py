@@ -21,12 +21,28 @@ def write_store(directory: Path, documents: list[list[int]], vocab_size: int = 3
     dtype = token_dtype(vocab_size)
     np.array([i for d in documents for i in d], dtype).tofile(directory / TOKENS)
     np.cumsum([len(d) for d in documents]).astype("<i8").tofile(directory / ENDS)
-    write_meta(directory, dtype, sum(len(d) for d in documents), len(documents), **settings)
+    sizes = {"tokens": sum(len(d) for d in documents), "documents": len(documents), "vocab_size": vocab_size}
+    write_meta(directory, dtype, **sizes, **settings)
     return directory
 
 
-def write_meta(directory: Path, dtype: np.dtype, tokens: int, documents: int, hashed: bool = True, **settings) -> None:
-    known = {"name": "tok.model", "kind": "hf", "vocab_size": 320, "fingerprint": "abc", "bos_id": 1, "eos_id": 2}
+def write_meta(
+    directory: Path,
+    dtype: np.dtype,
+    tokens: int,
+    documents: int,
+    hashed: bool = True,
+    vocab_size: int = 320,
+    **settings,
+) -> None:
+    known = {
+        "name": "tok.model",
+        "kind": "hf",
+        "vocab_size": vocab_size,
+        "fingerprint": "abc",
+        "bos_id": 1,
+        "eos_id": 2,
+    }
     content = {"format": "accessory token store", "version": 1, "dtype": dtype.str[1:], "tokens": tokens}
     content |= {"documents": documents, "tokenizer": known, "sources": []}
     content["settings"] = {"blocks": "none", "block_size": None} | settings
