@@ -153,7 +153,7 @@ FLAGS = """--llama_config --tokenizer_path --pretrained_path --pretrained_type -
 --cpu_offload --precision --batch_size --eval_batch_size --accum_iter --global_batch_size --epochs --max_steps --max_seq_len --on_long --template --template_date --train_on --tokenize --packing --preview --lr --min_lr --lr_scheduler
 --warmup_ratio --warmup_steps --weight_decay --adam_betas --adam_eps --clip_grad --optim_states --sequence_parallel --checkpointing --compile --quant --calibration_tokens --lora_rank --lora_alpha
 --lora_dropout --lora_targets --modules_to_save --use_rslora --rank_pattern --alpha_pattern --bias_tuning --norm_tuning --trainable --output_dir --overwrite_output_dir --save_steps
---save_total_limit --keep_best --keep_best_n --metric --early_stop_patience --stop_perplexity --eval_steps --logging_steps --sample_prompts --sample_steps --as_test --resume --seed --profile_steps --num_workers --report_to
+--save_total_limit --keep_best --keep_best_n --metric --early_stop_patience --stop_perplexity --eval_steps --logging_steps --sample_prompts --sample_steps --as_test --resume --seed --share_prompts --profile_steps --num_workers --report_to
 --only_save_trainable --embedding_dim --dry_run""".split()
 
 
