@@ -114,11 +114,12 @@ class Blocks:
         assert split in ("train", "val") and len(stores) == len(weights), (split, len(stores), len(weights))
         self.stores, self.block_size, self.separate, self.seed = stores, block_size, separate_documents, seed
         self.totals = [count_blocks(store, block_size, keep_last) for store in stores]
-        if (s := next((s for s, n in enumerate(self.totals) if not n), None)) is not None:
-            raise ValueError(
-                f"{stores[s].directory}: its {len(stores[s].tokens):,} tokens do not fill one --block_size {block_size}: give a "
-                "smaller one or --drop_last false, or leave the store out"
-            )
+        for store, n in zip(stores, self.totals):
+            if not n:
+                raise ValueError(
+                    f"{store.directory}: its {len(store.tokens):,} tokens do not fill one --block_size {block_size}: give a "
+                    "smaller one or --drop_last false, or leave the store out"
+                )
         held_out = [held_out_of(n, val_fraction, store) for n, store in zip(self.totals, stores)]
         self.offsets = [0 if split == "val" else n for n in held_out]  # where this side begins in the split permutation
         self.counts = [v if split == "val" else n - v for n, v in zip(self.totals, held_out)]

@@ -14,6 +14,8 @@ from typing import Sequence
 import torch
 from torch import Tensor
 
+from accessory.parallel import groups
+
 COLDEST = 1e-6  # temperature: below, differences of logits leave fp32's range
 
 
@@ -66,7 +68,8 @@ def generate(
     if not temperature >= 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_p {top_p}: expected 0 or more, and above 0 and at most 1")
     eos_ids = (eos_ids,) if isinstance(eos_ids, int) else eos_ids
-    was_training, device = model.training, model.tok_embeddings.weight.device
+    was_training, weight = model.training, model.tok_embeddings.weight
+    device = groups.device() if hasattr(weight, "device_mesh") else weight.device  # FSDP's may rest on the host
     model.eval()
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     tokens = torch.zeros(len(prompts), int(lengths.max()), dtype=torch.long)

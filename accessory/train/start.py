@@ -239,18 +239,17 @@ def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
     samples would differ, with the flags among `data` that are not what they were."""
     saved = resume.read_state(path)
     state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
+    if state.data.get("fingerprint") != position["fingerprint"]:
+        raise ValueError(
+            f"--resume {path}: the training data changed ({changed_flags(path.parent, data)}): restore it, or start anew in another --output_dir"
+        )
     for key, name in (
-        ("fingerprint", "the training data, tokenizer or data flags"),
         ("seed", "--seed"),
         ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
         ("quant", "--quant"),
         ("calibration_tokens", "--calibration_tokens"),
     ):
         if state.data.get(key) != position.get(key):
-            if key == "fingerprint":
-                raise ValueError(
-                    f"--resume {path}: the training data changed ({changed_flags(path.parent, data)}): restore it, or start anew in another --output_dir"
-                )
             raise ValueError(
                 f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
             )
