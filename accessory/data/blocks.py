@@ -127,7 +127,7 @@ class Blocks:
         self.bounds, self.epoch_bounds = ([0, *accumulate(c)] for c in (self.counts, self.per_epoch))
         self.splits = [Permutation(n, (seed, SPLIT, s)) for s, n in enumerate(self.totals)]
         for store, weight, count, n in zip(stores, weights, self.per_epoch, self.counts):
-            if n and not count:
+            if not count:
                 raise ValueError(
                     f"--corpus {store.directory}={weight:g}: less than half of one of its {n} blocks an epoch, so none: give a "
                     "larger weight or a smaller --block_size, or leave it out"

@@ -33,8 +33,8 @@ class Segments:
 
     def __init__(self, cu_seqlens: Tensor, device: torch.device, after: Tensor | None = None):
         self.bounds: list[int] = cu_seqlens.tolist()
-        rising = all(a < b for a, b in zip(self.bounds, self.bounds[1:]))
-        if after is not None and not (rising and len(after) == len(self.bounds) - 1):
+        self.rising = all(a < b for a, b in zip(self.bounds, self.bounds[1:]))
+        if after is not None and not (self.rising and len(after) == len(self.bounds) - 1):
             raise ValueError(
                 f"cu_seqlens {tuple(cu_seqlens.shape)}, after {tuple(after.shape)}: rising bounds and one number for each "
                 "sequence between them are expected"
@@ -67,8 +67,7 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
             "cu_seqlens: a tensor of whole numbers is expected, 0, the end of each sequence, .., all tokens"
         )
     packed = cu_seqlens if isinstance(cu_seqlens, Segments) else Segments(cu_seqlens, tokens.device)
-    rising = all(a < b for a, b in zip(packed.bounds, packed.bounds[1:]))
-    if tokens.shape[0] != 1 or packed.bounds[:1] != [0] or packed.bounds[-1] != tokens.shape[1] or not rising:
+    if tokens.shape[0] != 1 or packed.bounds[:1] != [0] or packed.bounds[-1] != tokens.shape[1] or not packed.rising:
         raise ValueError(
             f"cu_seqlens {packed.bounds[:3]}..{packed.bounds[-1]} do not cut one row of tokens {tuple(tokens.shape)}"
         )

@@ -38,9 +38,9 @@ def load(
     several laid over each other: a list, or "a,b,c" (checkpoint/lists.py).
 
     Under torchrun with model_parallel_size=n every rank calls it and gets its share; `model(tokens)` gives the same full
-    logits on all. dtype: None keeps the embedding's. device: None is that of an earlier call, else this rank's GPU or the CPU. base: where an adapter's
-    base is, when it is no longer where its adapter.json says. mapped: on the CPU, weights that a file holds as they are
-    wanted stay pages of that file, read when they are used and given back when memory is short. To change them changes no
+    logits on all. dtype: None keeps the embedding's. device: None is that of an earlier call, else this rank's GPU or the
+    CPU. base: where an adapter's base is, when it is no longer where its adapter.json says. mapped: on the CPU, weights that
+    a file holds as they are wanted stay pages of that file, read when they are used and given back when memory is short. To change them changes no
     file; a file that is written over or cut while the model lives changes the model, or ends the process with SIGBUS (one
     that is deleted, or replaced by another of its name, does not). False copies all.
     Raises ValueError naming file and key for anything that does not fit."""

@@ -224,11 +224,11 @@ def materialise(
 
 
 def changed_flags(run: Path, data: Any) -> str:
-    """Which of the data's flags are not what the run in this directory had."""
+    """Which of the data's flags are not what the run in this directory had, as far as its config.json tells."""
     try:
-        before = json.loads((run / "config.json").read_text())[type(data).__name__]
+        before = dict(json.loads((run / "config.json").read_text())[type(data).__name__])
     except (OSError, ValueError, KeyError, TypeError):
-        before = {}
+        return f"or the tokenizer, or data flags: {run / 'config.json'} does not tell"
     now, free = dataclasses.asdict(data), ("num_workers", "preview")
     changed = [f"--{k} {before[k]} then, {v} now" for k, v in now.items() if before.get(k, v) != v and k not in free]
     return "; ".join(changed) or "its files or the tokenizer, not its flags"

@@ -307,5 +307,8 @@ def test_which_flags_of_the_data_changed(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"PretrainDataArgs": dataclasses.asdict(then)}))
     now = dataclasses.replace(then, block_size=32, drop_last=True, num_workers=4)
     assert changed_flags(tmp_path, now) == "--block_size 64 then, 32 now; --drop_last False then, True now"
-    for directory in (tmp_path, tmp_path / "nowhere"):
-        assert changed_flags(directory, then) == "its files or the tokenizer, not its flags"
+    assert changed_flags(tmp_path, then) == "its files or the tokenizer, not its flags"
+    for content in ("", "[]", "{}", '{"PretrainDataArgs": 3}'):
+        (tmp_path / "config.json").write_text(content)
+        assert "config.json does not tell" in changed_flags(tmp_path, now)
+    assert "config.json does not tell" in changed_flags(tmp_path / "nowhere", now)
