@@ -412,13 +412,14 @@ def test_a_directory_appears_only_when_it_is_complete(tmp_path: Path) -> None:
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGINT])
 def test_a_tool_that_is_stopped_takes_away_what_it_began(tmp_path: Path, end: signal.Signals) -> None:
     program = """
-import time
+import signal, time
 from accessory.checkpoint.formats_write import new_directory
 from accessory.config import run_tool
 def main(*, dst: str) -> None:
     with new_directory(dst) as directory:
         print(directory, flush=True)
         time.sleep(60)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests themselves run in the background
 run_tool(main)
 """
     command = [sys.executable, "-c", program, "--dst", str(tmp_path / "a/out")]
