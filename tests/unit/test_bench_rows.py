@@ -42,7 +42,7 @@ SHAPE = {"vocab": 97, "dim": 16, "rows": 40, "ignored": 0.35}
 @pytest.mark.parametrize("way", ["ours", "eager", "torch auto", "torch 256"])
 def test_ways_of_the_head_agree(way):
     if way.startswith("torch") and not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        pytest.skip("torch has a loss over chunks from 2.13 on")
+        pytest.skip("this torch has no loss over chunks")
     hidden, weight, labels = head.inputs(SHAPE | {"dtype": "fp32"}, "cpu")
     assert 0 < int((labels == -100).sum()) < 40
     loss = head.WAYS[way](hidden, weight, labels)
