@@ -1,6 +1,6 @@
 """A tokenizer's file -> GGUF's keys of it, with the choices of llama.cpp's convert_hf_to_gguf.py.
 
-    sentencepiece   "llama"   tokens, scores and types as in the model
+    sentencepiece   "llama"   tokens, scores and types as in the model; what was added beside it is control
     tokenizer.json  "gpt2"    byte-level BPE; `pre` is told by the structure of its pre-tokeniser
     tiktoken        "gpt2"    Llama 3's: every way to cut a token in two is a merge, in the order of the ranks
 
@@ -32,12 +32,14 @@ def vocabulary(tokenizer: Any, raw: bytes, beside: dict[str, Any], rows: int) ->
         tokens, keys = read(tokenizer, raw)
     except ValueError as error:
         raise ValueError(f"{tokenizer.path}: {error}") from error
-    if max(tokens) >= rows:
+    if (last := max(tokens)) >= rows:
         raise ValueError(
-            f"{tokenizer.path} has {max(tokens) + 1} tokens, but the embedding {rows} rows: "
+            f"{tokenizer.path} has {last + 1} tokens, but the embedding {rows} rows: "
             "give the model's own tokenizer with --tokenizer_path"
         )
-    tokens |= {i: token for i, token in _added_beside(beside).items() if tokenizer.vocab_size <= i < rows}
+    # What was added is special, unless a tokenizer_config.json says of a token after the file's own that it is not.
+    tokens |= {i: _added(text, True) for text, i in tokenizer.added_tokens.items() if i < rows}
+    tokens |= {i: token for i, token in _added_beside(beside).items() if last < i < rows}
     listed = [tokens.get(i, (f"[PAD{i}]", UNUSED, -10000.0)) for i in range(rows)]
     keys |= {"tokens": [text for text, _, _ in listed], "token_type": [kind for _, kind, _ in listed]}
     if keys["model"] == "llama":

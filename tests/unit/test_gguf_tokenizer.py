@@ -133,6 +133,25 @@ def test_sentencepiece_special_tokens_and_flags(tmp_path: Path) -> None:
             keys_of(path)
 
 
+@pytest.mark.parametrize("where", ["added_tokens.json", "tokenizer_config.json"])
+def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path, where: str) -> None:
+    """A model that was given [PAD] or ChatML's tokens: they are in GGUF by name, and special again on the way back."""
+    path = tmp_path / "tokenizer.model"
+    path.write_bytes(sentencepiece_proto.write(small_sentencepiece(charsmap=b"")))
+    added = {"[PAD]": 8, "<|im_end|>": 9}
+    decoder = {"added_tokens_decoder": {str(i): {"content": t, "special": True} for t, i in added.items()}}
+    (tmp_path / where).write_text(json.dumps(added if where == "added_tokens.json" else decoder))
+    keys = keys_of(path, 11, decoder if where == "tokenizer_config.json" else {})
+    assert keys["tokenizer.ggml.tokens"][7:] == [" user ", "[PAD]", "<|im_end|>", "[PAD10]"]
+    assert keys["tokenizer.ggml.token_type"][7:] == [4, 3, 3, 5]
+    assert keys["tokenizer.ggml.eot_token_id"] == 9
+    ours, back = Tokenizer.open(path), rebuilt(keys, tmp_path / "out")
+    assert back.special_tokens == ours.special_tokens and back.vocab_size == ours.vocab_size == 10
+    for text in ("a[PAD]b<|im_end|>", "ab a user a"):
+        assert back.encode(text) == ours.encode(text)
+        assert back.encode_with_specials(text) == ours.encode_with_specials(text)
+
+
 @needs_assets
 def test_a_unigram_model_is_refused() -> None:
     with pytest.raises(ValueError, match=r"chinese_sp\.model: is a sentencepiece model of another kind than BPE"):
