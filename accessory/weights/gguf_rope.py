@@ -18,6 +18,7 @@ from accessory.model import rope
 from accessory.model.args import ModelArgs
 
 ROPE_FACTORS = "rope_freqs.weight"
+BETAS = {"beta_fast": 32.0, "beta_slow": 1.0}  # llama.cpp reads these keys in a few other architectures (Grok) only
 
 
 def number(value: Any, what: str) -> Any:
@@ -99,7 +100,15 @@ def scaling_keys(args: ModelArgs) -> dict[str, Any]:
         return keys
     if not scaling.get("truncate", True):
         raise ValueError("rope_scaling yarn with truncate false has no key in GGUF: export to Hugging Face instead")
+    freqs, warmth = rope.frequencies(args.head_size, args.rope_theta, scaling)
+    betas = {k: float(scaling[k]) for k in BETAS if scaling.get(k)}
+    if not torch.equal(freqs, rope.frequencies(args.head_size, args.rope_theta, scaling | BETAS)[0]):
+        said = " and ".join(f"{k} {v:g}" for k, v in betas.items())
+        raise ValueError(
+            f"rope_scaling yarn with {said}: llama.cpp takes 32 and 1 in this architecture, whatever the file says: "
+            "export to Hugging Face instead"
+        )
     keys["original_context_length"] = int(scaling["original_max_position_embeddings"])
-    keys |= {f"yarn_{k}": float(scaling[k]) for k in ("beta_fast", "beta_slow") if scaling.get(k)}
-    warmth = rope.frequencies(args.head_size, args.rope_theta, scaling)[1] / _yarn_warmth(keys["factor"])
+    keys |= {f"yarn_{k}": v for k, v in betas.items()}
+    warmth /= _yarn_warmth(keys["factor"])
     return keys | ({} if math.isclose(warmth, 1.0, rel_tol=1e-9) else {"attn_factor": float(warmth)})

@@ -178,13 +178,13 @@ SCALINGS = {
     "linear": ({"rope_type": "linear", "factor": 2.5}, {"type": "linear", "factor": 2.5}),
     "yarn": (YARN, {"type": "yarn", "factor": 4.0, "original_context_length": 16}),
     "yarn, all said": (
-        YARN | {"beta_fast": 16.0, "beta_slow": 2.0, "attention_factor": 1.25},
+        YARN | {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": 1.25},
         {
             "type": "yarn",
             "factor": 4.0,
             "original_context_length": 16,
-            "yarn_beta_fast": 16.0,
-            "yarn_beta_slow": 2.0,
+            "yarn_beta_fast": 32.0,
+            "yarn_beta_slow": 1.0,
             "attn_factor": float(np.float32(1.25 / (0.1 * math.log(4) + 1))),  # llama.cpp multiplies by the rest
         },
     ),
@@ -203,6 +203,14 @@ def test_scaled_rope_there_and_back(tmp_path: Path, scaling: dict, keys: dict) -
     back = ModelArgs.from_dict(open_checkpoint(tmp_path / "m.gguf").params)
     ours, theirs = (rope.frequencies(64, 500000.0, a.rope_scaling) for a in (args, back))
     assert torch.equal(ours[0], theirs[0]) and ours[1] == pytest.approx(theirs[1], rel=1e-6)
+
+
+def test_a_yarn_ramp_that_llama_cpp_would_not_read_is_refused(tmp_path: Path) -> None:
+    args = make(rope_scaling=YARN | {"original_max_position_embeddings": 4096, "beta_slow": 2.0}, head_dim=64)
+    write_checkpoint(tmp_path / "in", args)
+    with pytest.raises(ValueError, match="yarn with beta_slow 2: llama.cpp takes 32 and 1"):
+        meta_to_gguf.main(src=str(tmp_path / "in"), dst=str(tmp_path / "m.gguf"))
+    assert not (tmp_path / "m.gguf").exists()
 
 
 @pytest.mark.parametrize("factor, old", [(8.0, 8192), (32.0, 8192), (4.0, 1000)])
