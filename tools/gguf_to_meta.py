@@ -32,7 +32,8 @@ def main(
     --dst must not exist."""
     split_on, stored = embedding_dim_of(embedding_dim), dtype_of(dtype)
     checkpoint = open_checkpoint(src, "gguf")
-    own = Tokenizer.open(tokenizer_path).path if tokenizer_path else None
+    rows = checkpoint.source.shape("tok_embeddings.weight")[0]
+    own = Tokenizer.open_for(tokenizer_path, rows, src).path if tokenizer_path else None
     rebuilt = {} if own else tokenizer_files(checkpoint.metadata, checkpoint.files[0])
     with new_directory(dst) as directory:
         for name, content in rebuilt.items():

@@ -28,7 +28,9 @@ def main(
     Meta's own code wants. --dst must not exist. At the end every kind of tensor is listed with its old and new name."""
     split_on, stored = embedding_dim_of(embedding_dim), dtype_of(dtype)
     checkpoint = open_checkpoint(src, "hf")
-    tokenizer = Tokenizer.open(tokenizer_path).path if tokenizer_path else checkpoint.tokenizer
+    tokenizer = checkpoint.tokenizer
+    if tokenizer_path:
+        tokenizer = Tokenizer.open_for(tokenizer_path, checkpoint.source.shape("tok_embeddings.weight")[0], src).path
     with new_directory(dst) as directory:
         files = write_meta(
             directory, checkpoint.source, checkpoint.params, tokenizer, stored, mp, split_on, show_progress=True

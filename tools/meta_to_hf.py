@@ -26,9 +26,10 @@ def main(
         raise ValueError(
             f"--src {src} holds LoRA weights: merge them into the model with tools/merge_lora.py --format hf"
         )
-    tokenizer = (
-        Tokenizer.open(tokenizer_path or checkpoint.tokenizer) if tokenizer_path or checkpoint.tokenizer else None
-    )
+    if tokenizer_path:
+        tokenizer = Tokenizer.open_for(tokenizer_path, checkpoint.source.shape("tok_embeddings.weight")[0], src)
+    else:
+        tokenizer = Tokenizer.open(checkpoint.tokenizer) if checkpoint.tokenizer else None
     args, stored = ModelArgs.from_dict(checkpoint.params, source=f"{src}/params.json"), dtype_of(dtype)
     with new_directory(dst) as directory:
         files = write_hf(

@@ -210,7 +210,7 @@ def write_hf(
 
 def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
     """What transformers needs to open a bare tokenizer file; nothing for Llama 3's tiktoken file, which it cannot open."""
-    if tokenizer.suffix == ".json":
+    if _is_json(tokenizer):
         return {"tokenizer_class": "PreTrainedTokenizerFast"}
     if tokenizer.read_bytes()[:1] != b"\n":  # sentencepiece's files start with their first piece
         return {}
@@ -269,10 +269,16 @@ def copy_tokenizer(tokenizer: Path | None, directory: Path) -> None:
         return
     if not tokenizer.is_file():
         raise ValueError(f"--tokenizer_path {tokenizer}: no such file")
-    shutil.copyfile(tokenizer, directory / f"tokenizer{tokenizer.suffix}")
+    shutil.copyfile(tokenizer, directory / f"tokenizer.{'json' if _is_json(tokenizer) else 'model'}")
     for name in TOKENIZER_FILES:
         if (beside := tokenizer.with_name(name)).is_file() and not (directory / name).exists():
             shutil.copyfile(beside, directory / name)
+
+
+def _is_json(tokenizer: Path) -> bool:
+    """Told by the content: Mistral's file is called tokenizer.model.v1."""
+    with open(tokenizer, "rb") as file:
+        return file.read(64).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{")
 
 
 def write_json(file: Path, content: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from accessory.checkpoint.formats_write import write_hf, write_meta
 from accessory.model import Transformer
 from accessory.model.args import ModelArgs
 from accessory.weights import TensorSource, hf
+from tests.helpers import random_weights, tiny_tokenizer
 from tests.unit.test_reshard import merged, random_tensors, shards_of
 from tools import hf_to_meta, meta_to_hf, reshard
 
@@ -237,3 +238,19 @@ def refused(directory: Path, message: str) -> None:
     with pytest.raises(ValueError, match=message) as caught:
         open_checkpoint(directory)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("tool", [hf_to_meta, meta_to_hf])
+def test_a_tokenizer_is_written_under_its_own_name_and_has_to_fit(tmp_path: Path, tool) -> None:
+    """Mistral's file is called tokenizer.model.v1; what stands after the last point says nothing."""
+    args = ModelArgs(dim=48, n_layers=1, n_heads=4, vocab_size=320, hidden_dim=72, tie_word_embeddings=False)
+    (tmp_path / "src").mkdir()
+    write_hf(tmp_path / "src", TensorSource(random_weights(args)), args)
+    for name, content in (("tokenizer.model.v1", tiny_tokenizer()), ("other", tiny_tokenizer(vocab_size=400))):
+        (tmp_path / name).write_bytes(content)
+    keys = {"src": str(tmp_path / "src"), "dst": str(tmp_path / "dst")}
+    with pytest.raises(ValueError, match=r"other has 400 tokens, the embedding of .*src has 320 rows"):
+        tool.main(**keys, tokenizer_path=str(tmp_path / "other"))
+    tool.main(**keys, tokenizer_path=str(tmp_path / "tokenizer.model.v1"))
+    assert (tmp_path / "dst/tokenizer.model").read_bytes() == tiny_tokenizer()
+    assert not (tmp_path / "dst/tokenizer.v1").exists()
