@@ -67,7 +67,19 @@ def stack(
     params = root.params | {"vocab_size": running.shape(VOCABULARY[0])[0]} | told_by_tensors(names)
     params |= {"tie_word_embeddings": VOCABULARY[1] not in names}
     warnings = [f"warning: --base {root.path} is not the base of {paths[0]}: {problem}"] if problem else []
+    first = by_part(_files_of(opened[0][0]))
+    for path, (terms, _) in zip(paths[1:], opened[1:]):
+        if first and by_part(_files_of(terms)) == first:
+            warnings.append(
+                f"warning: {path} was trained on the same base as {paths[0]}, not on the sum of both: if it went on from that "
+                "one (--lora_path), it has its changes already: merge it alone"
+            )
     return Stack(MergedLoRA(running, dtype), params, tokenizer, warnings)
+
+
+def _files_of(terms: dict[str, Any]) -> dict[str, Any]:
+    """What adapter.json keeps of its base's files: their hashes, else nothing."""
+    return (terms.get("base") or {}).get("sha256") or {}
 
 
 def _opened(path: Path) -> tuple[dict[str, Any], Source]:

@@ -322,6 +322,18 @@ def test_an_adapter_that_changes_nothing_is_named(tmp_path: Path, base: Path) ->
     assert not list(tmp_path.glob("out*"))
 
 
+def test_adapters_of_one_base_are_said(tmp_path: Path, base: Path, capsys) -> None:
+    """The second may have gone on from the first: then the first would be counted twice."""
+    first, second = (save(tmp_path / n, t, terms(base)) for n, t in (("1", adapter_tensors()), ("2", second_adapter())))
+    merge_lora.main(adapters=[str(first)], dst=str(tmp_path / "one"))
+    assert "warning" not in capsys.readouterr().out
+    later = save(tmp_path / "later", second_adapter(), terms(tmp_path / "one"))
+    merge_lora.main(adapters=[str(first), str(later)], dst=str(tmp_path / "chain"))
+    assert "warning" not in capsys.readouterr().out
+    merge_lora.main(adapters=[str(first), str(second)], dst=str(tmp_path / "both"))
+    assert f"warning: {second} was trained on the same base as {first}, not on" in capsys.readouterr().out
+
+
 def test_slices_of_a_chain_are_slices_of_the_whole() -> None:
     source = TensorSource(random_tensors(ARGS, dtype=torch.bfloat16))
     plain = {"lora_rank": RANK, "lora_alpha": ALPHA}
