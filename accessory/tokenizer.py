@@ -273,6 +273,10 @@ class Tokenizer:
             (directory / ADDED_FILE).write_text(json.dumps(self.added_tokens, indent=2, ensure_ascii=False) + "\n")
         return file
 
+    def note_on_export(self) -> list[str]:
+        """Lines for who opens the file with transformers; mostly none."""
+        return []
+
     def _required(self, token: int | None, name: str) -> int:
         if token is None:
             raise ValueError(f"{self.path} names no {name} token: put its tokenizer_config.json beside it")
@@ -307,6 +311,18 @@ class SentencePiece(Tokenizer):
         self.eos_ids = tuple(dict.fromkeys(i for i in stops if i is not None and i >= 0))
         self.add_bos = self.bos_id is not None and bool(beside.get("add_bos_token", True))
         self.spacing = "legacy" if beside.get("legacy", True) else "plain"
+
+    def note_on_export(self) -> list[str]:
+        """transformers 5 takes a smaller id for a larger score. Pieces appended with score 0 tie and win over all others."""
+        model = self.model
+        others = (model.is_control, model.is_unknown, model.is_unused, model.is_byte)
+        text = (i for i in reversed(range(model.vocab_size())) if not any(test(i) for test in others))
+        if model.get_score(next(text, 0)) < 0:
+            return []
+        return [
+            f"note: transformers 5's AutoTokenizer cuts text in another way than {self.path.name}, whose added pieces have score 0: "
+            "there take transformers.SentencePieceBackend.from_pretrained(DIR), which puts no BOS in front"
+        ]
 
     def _ids(self, text: str) -> list[int]:
         return self.model.encode(text)

@@ -59,7 +59,7 @@ def main(
             args = ModelArgs.from_dict(params)
             write_hf(directory, source, args, new.path, stored, max_shard_size, special_ids(new), show_progress=True)
     pairs = [(n, n, source.shape(n), stored or source.dtype(n)) for n in source.names()]
-    print("\n".join(mapping_lines(pairs)))
+    print("\n".join(mapping_lines(pairs) + (new.note_on_export() if format == "hf" else [])))
     if counts:
         print(f"{sample_text}: {counts[0]} tokens before, {counts[1]} after ({counts[1] / max(1, counts[0]):.1%})")
     print(f"{dst}: {old.vocab_size} -> {new.vocab_size} tokens, {source.rows} rows in {' and '.join(source.tables())}")

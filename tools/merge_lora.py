@@ -54,7 +54,8 @@ def main(
         name, size = model.require_change()
     new_name = hf_name if format == "hf" else str
     print("\n".join(mapping_lines((n, new_name(n) or n, model.shape(n), model.dtype(n)) for n in model.names())))
-    print("\n".join(model.change_lines() + merged.warnings))
+    notes = tokenizer.note_on_export() if tokenizer and format == "hf" else []
+    print("\n".join(model.change_lines() + merged.warnings + notes))
     print(
         f"{dst}: {len(model.changes)} weights changed, most of all {name} (by up to {size:.3g}); {rows} vocabulary rows"
     )

@@ -44,7 +44,8 @@ def main(
         )
     source = checkpoint.source
     stored = stored or source.dtype("tok_embeddings.weight")
-    print("\n".join(mapping_lines((n, hf_name(n) or n, source.shape(n), stored) for n in source.names())))
+    lines = mapping_lines((n, hf_name(n) or n, source.shape(n), stored) for n in source.names())
+    print("\n".join(lines + (tokenizer.note_on_export() if tokenizer else [])))
     print(f"{dst}: {len(files)} safetensors file(s), config.json, {'tokenizer' if tokenizer else 'no tokenizer'}")
 
 

@@ -486,3 +486,15 @@ def test_counting_tokens(base: Tokenizer) -> None:
     assert (
         vocabulary.count_tokens(["grass", "is"], base, base) == [len(base.encode("grass")) + len(base.encode("is"))] * 2
     )
+
+
+def test_who_exports_pieces_of_score_0_is_told(tmp_path: Path) -> None:
+    """transformers 5 ranks pieces by their ids, so that appended ones come last instead of first."""
+    (tmp_path / "base.model").write_bytes(tiny_tokenizer())
+    base = Tokenizer.open(tmp_path / "base.model")
+    assert base.note_on_export() == []
+    (tmp_path / "more.model").write_bytes(merging.with_pieces(base.raw, [("▁qqq", 0.0), ("zzz", 0.0)], "base"))
+    grown = Tokenizer.open(tmp_path / "more.model").with_special_tokens(["[PAD]"])
+    assert "SentencePieceBackend" in grown.note_on_export()[0]
+    (tmp_path / "scored.model").write_bytes(merging.with_pieces(base.raw, [("▁qqq", -900.0), ("zzz", -901.0)], "base"))
+    assert Tokenizer.open(tmp_path / "scored.model").note_on_export() == []
