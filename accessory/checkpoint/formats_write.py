@@ -203,15 +203,20 @@ def write_hf(
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **(special_ids or {})})
     copy_tokenizer(tokenizer, directory)
-    if tokenizer and not (directory / "tokenizer_config.json").exists() and (config := _tokenizer_config(tokenizer)):
-        write_json(directory / "tokenizer_config.json", config)
+    if tokenizer and not (directory / "tokenizer_config.json").exists():
+        if config := _tokenizer_config(tokenizer, special_ids or {}):
+            write_json(directory / "tokenizer_config.json", config)
     return [directory / file for file in sorted(set(weight_map.values()))]
 
 
-def _tokenizer_config(tokenizer: Path) -> dict[str, Any]:
+def _tokenizer_config(tokenizer: Path, special_ids: dict[str, Any]) -> dict[str, Any]:
     """What transformers needs to open a bare tokenizer file; nothing for Llama 3's tiktoken file, which it cannot open."""
     if _is_json(tokenizer):
-        return {"tokenizer_class": "PreTrainedTokenizerFast"}
+        added = {t["id"]: t["content"] for t in json.loads(tokenizer.read_text("utf-8-sig")).get("added_tokens") or ()}
+        named = {key: special_ids.get(f"{key}_id") for key in ("bos_token", "eos_token")}
+        named = {key: added.get(i[0] if isinstance(i, list) else i) for key, i in named.items()}
+        kept = {"clean_up_tokenization_spaces": False}  # or transformers 4 takes spaces out of what it decodes
+        return {"tokenizer_class": "PreTrainedTokenizerFast"} | kept | {k: v for k, v in named.items() if v is not None}
     if tokenizer.read_bytes()[:1] != b"\n":  # sentencepiece's files start with their first piece
         return {}
     from sentencepiece import SentencePieceProcessor

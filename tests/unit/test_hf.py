@@ -14,6 +14,7 @@ from accessory.model import Transformer
 from accessory.model.args import ModelArgs
 from accessory.tokenizer import Tokenizer
 from accessory.weights import TensorSource, expected_shapes, hf
+from tests.helpers import assets, random_weights
 from tests.unit.test_reshard import random_tensors
 
 SIZES = dict(dim=48, n_layers=2, n_heads=6, hidden_dim=40, vocab_size=53)
@@ -402,3 +403,17 @@ def test_the_architecture_is_told_by_the_parts(keys: dict, kind: str) -> None:
     else:
         with pytest.raises(ValueError, match=kind):
             hf.config_from_args(make(**keys), torch.float32)
+
+
+def test_a_bare_tokenizer_json_keeps_its_ends_in_transformers(tmp_path: Path) -> None:
+    """Without them eos_token is None there, and a trainer or a pipeline has nothing to end an answer with."""
+    transformers = pytest.importorskip("transformers")
+    args = ModelArgs(dim=48, n_layers=1, n_heads=4, vocab_size=49152, hidden_dim=72, tie_word_embeddings=True)
+    tokenizer = Tokenizer.open(assets("smollm2-135m", "tokenizer.json"))
+    ids = special_ids(tokenizer)
+    write_hf(tmp_path, TensorSource(random_weights(args)), args, tokenizer.path, special_ids=ids)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path), Tokenizer.open(tmp_path)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+    assert (ours.bos_id, ours.eos_ids, ours.add_bos) == (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos)
+    text = "a , b . don't"
+    assert theirs.decode(theirs.encode(text)) == text
