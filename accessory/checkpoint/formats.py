@@ -19,6 +19,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from accessory.checkpoint.formats_read import GGUFFile, SafetensorsFiles, TorchFile, TorchFiles, read_json
 from accessory.checkpoint.peft import PEFT_CONFIG
 from accessory.model.args import RUNTIME_KEYS, TUNING_KEYS
@@ -283,7 +285,24 @@ def _open_hf(path: Path, kind: str, files: list[Path]) -> Checkpoint:
     weight_map = _weight_map(index) if path.is_dir() and index.is_file() else None
     weights = (TorchFiles if bin_files else SafetensorsFiles)(files, weight_map)
     source = hf.FromHF(weights, params.get("head_dim") or params["dim"] // params["n_heads"])
+    if params.get("tie_word_embeddings") and not _head_is_embedding(source):
+        raise ValueError(
+            f"{config}: tie_word_embeddings is true, but lm_head.weight is not the embedding, and programs differ in which "
+            "of the two they believe (transformers 4 the one, 5 the other): say false where the head was trained"
+        )
     return Checkpoint(path, kind, source, params, tokenizer_in(directory, TOKENIZER_FILES[::-1]), None, None, files)
+
+
+def _head_is_embedding(source: Source, at_once: int = 4096) -> bool:
+    """Whether the head is not there, or holds the same numbers as the embedding."""
+    embedding, head = "tok_embeddings.weight", "output.weight"
+    if not {embedding, head} <= set(source.names()):
+        return True
+    rows = source.shape(head)[0]
+    cuts = [(a, min(a + at_once, rows)) for a in range(0, rows, at_once)]
+    return source.shape(head) == source.shape(embedding) and all(
+        torch.equal(source.read(head, 0, *cut), source.read(embedding, 0, *cut)) for cut in cuts
+    )
 
 
 def _open_gguf(path: Path, kind: str, files: list[Path]) -> Checkpoint:

@@ -417,3 +417,22 @@ def test_a_bare_tokenizer_json_keeps_its_ends_in_transformers(tmp_path: Path) ->
     assert (ours.bos_id, ours.eos_ids, ours.add_bos) == (tokenizer.bos_id, tokenizer.eos_ids, tokenizer.add_bos)
     text = "a , b . don't"
     assert theirs.decode(theirs.encode(text)) == text
+
+
+def test_a_tied_config_with_a_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    """What merging a trained head into a tied model leaves. transformers 5 takes that head, transformers 4 the embedding."""
+    args = ModelArgs(dim=48, n_layers=1, n_heads=4, vocab_size=53, hidden_dim=72, tie_word_embeddings=False)
+    weights = random_weights(args)
+
+    def write(directory: Path, head: torch.Tensor, tied: bool) -> Path:
+        directory.mkdir()
+        write_hf(directory, TensorSource(weights | {"output.weight": head}), args)
+        config = json.loads((directory / "config.json").read_text()) | {"tie_word_embeddings": tied}
+        (directory / "config.json").write_text(json.dumps(config))
+        return directory
+
+    same = write(tmp_path / "same", weights["tok_embeddings.weight"], True)
+    assert "output.weight" not in open_checkpoint(same).source.names()
+    assert "output.weight" in open_checkpoint(write(tmp_path / "other", weights["output.weight"], False)).source.names()
+    with pytest.raises(ValueError, match=r"config\.json: tie_word_embeddings is true, but lm_head\.weight is not the"):
+        open_checkpoint(write(tmp_path / "both", weights["output.weight"], True))
