@@ -7,6 +7,7 @@ Test: tests/e2e
 
 import dataclasses
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Callable
 
@@ -254,9 +255,9 @@ def say_end(state: TrainState, max_steps: int, directory: Path, adapter: bool, e
         return
     best = f", best {state.best_step} ({abs(state.best):.4f})" if state.best is not None else ""
     then = (
-        f"python tools/merge_lora.py --adapters {directory}/latest --dst DIR"
+        f"python tools/merge_lora.py --adapters {shlex.quote(f'{directory}/latest')} --dst DIR"
         if adapter
-        else f"python tools/meta_to_hf.py --src {directory}/latest --dst DIR"
+        else f"python tools/meta_to_hf.py --src {shlex.quote(f'{directory}/latest')} --dst DIR"
     )
     why = f" of {max_steps}, ended early: {early}" if early and state.step < max_steps else ""
     log.say(f"done: {state.step} steps{why}, {state.tokens} tokens{best}; next: {then}", groups.rank())

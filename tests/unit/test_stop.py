@@ -312,3 +312,11 @@ def test_which_flags_of_the_data_changed(tmp_path) -> None:
         (tmp_path / "config.json").write_text(content)
         assert "config.json does not tell" in changed_flags(tmp_path, now)
     assert "config.json does not tell" in changed_flags(tmp_path / "nowhere", now)
+
+
+def test_the_command_that_comes_next_can_be_pasted(capsys) -> None:
+    from accessory.train.run import say_end
+    from accessory.train.state import TrainState
+
+    say_end(TrainState(step=3), 3, Path("/runs/my model"), adapter=True)
+    assert "--adapters '/runs/my model/latest' --dst" in "".join(capsys.readouterr())
