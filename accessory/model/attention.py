@@ -123,6 +123,15 @@ def _varlen_kernel(device: torch.device) -> Callable | None:
     return causal_varlen(varlen_attn)
 
 
+def keeps_groups(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether packed rows keep k and v for backward once a kv head; if not, once a query head."""
+    if dtype not in HALF or _varlen_kernel(device) is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
 def causal_varlen(varlen_attn: Callable) -> Callable:
     """Evens out its signatures: torch 2.10 has is_causal; 2.11 a window, in which causal is (-1, 0); 2.12 grouped heads too."""
     known = inspect.signature(varlen_attn).parameters

@@ -5,7 +5,9 @@
     widened                         a linear's input and output in fp32, where the CPU does not multiply 16 bit (parallel/products.py)
     gathered layers                 what FSDP puts together at one moment, in the compute dtype; one weight without FSDP
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
-                                    4 D + (4 D + 3 F) / mp, selective 2 D + (4 D + 2 F) / mp, full D; sequence parallel: all / mp
+                                    4 D + (A + 3 F) / mp, selective 2 D + (A + 2 F) / mp, full D; sequence parallel: all / mp
+                                    A: q, k, v and attention's result, k and v as wide as q but where a kernel takes groups
+    gradients                       on a GPU, of a single micro batch: what they have beyond the activations, whose place they take
     the program itself              Python, torch, libraries: measured
 
 The largest micro batch counts: the `batch_size` longest examples. docs/parallelism.md has the estimate beside measured peaks.
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 
+from accessory.model import attention
 from accessory.model.llama import Transformer, global_shape
 from accessory.model.lora import packed_weights
 from accessory.parallel import groups, products
@@ -26,8 +29,8 @@ from accessory.train.lowbit import BYTES
 
 PROGRAM_GB = 0.55  # resident before any weight is read, on CPU; on a GPU it is not on the device
 UNPACKING = 6  # bytes a weight while a linear held in NF4 is at work: looked up in fp32, then cast
-# What a layer keeps a token: times D replicated over mp (inputs, norms), times D and times F of this rank's slice
-SAVED = {"none": (4, 4, 3), "selective": (2, 4, 2), "full": (1, 0, 0)}
+# What a layer keeps a token: times D replicated over mp (inputs, norms); of this rank's slice times attention's, times F
+SAVED = {"none": (4, 1, 3), "selective": (2, 1, 2), "full": (1, 0, 0)}
 FILLED = 0.9  # of free memory: auto leaves the rest to what no plan knows
 
 
@@ -60,10 +63,17 @@ def plan(
             (p.numel(), held.get(n, 4)) for n, p in frozen if n not in packed
         ]
         gathered = max((count for count, size in sizes if size != compute), default=0)
-    kept = {mode: activations(model, tokens, compute, mode, parallel.sequence_parallel, wide) for mode in SAVED}
+    grouped = attention.keeps_groups(groups.device(), DTYPES[parallel.precision])
+    kept = {
+        mode: activations(model, tokens, compute, mode, parallel.sequence_parallel, wide, grouped) for mode in SAVED
+    }
+    gradients = trained_count * 4 / dp
+    alone = loop_args.sequences_per_step(groups.dp_size()) <= loop_args.batch_size * groups.dp_size()
+    in_place = alone and groups.device().type == "cuda"  # malloc does not give back all that is freed
+    beside = {mode: max(0.0, gradients - kept[mode]) if in_place else gradients for mode in SAVED}
     gigabytes = {
         "weights": (trained_count * 4 + frozen_bytes) / dp,
-        "gradients": trained_count * 4 / dp,
+        "gradients": 0.0,
         "optimizer": trained_count * BYTES[optim_args.optim_states] / dp,
         "gathered": gathered * compute,
         "widened": wide * tokens * (model.args.dim + model.args.ffn_dim) if wide != compute else 0,
@@ -81,8 +91,8 @@ def plan(
     if mode == "auto":
         free = free_bytes()
         others = sum(v for k, v in gigabytes.items() if k != "program")  # which is there already
-        mode = fitting(kept, FILLED * free - others)
-    gigabytes["activations"] = kept[mode]
+        mode = fitting({m: kept[m] + beside[m] for m in SAVED}, FILLED * free - others)
+    gigabytes |= {"activations": kept[mode], "gradients": beside[mode]}
     totals = whole_counts(model, trained)
     report = train_set.report
     return {
@@ -103,17 +113,28 @@ def longest(train_set: Any, count: int) -> list[int]:
 
 
 def activations(
-    model: Transformer, tokens: int, compute: int, checkpointing: str, divided: bool, wide: int | None = None
+    model: Transformer,
+    tokens: int,
+    compute: int,
+    checkpointing: str,
+    divided: bool,
+    wide: int | None = None,
+    grouped: bool = False,
 ) -> float:
     """Bytes kept for backward at the moment when it begins, for one micro batch of so many tokens. `divided`: sequence
     parallel, which cuts over mp what would be replicated. compute, wide: bytes a number, of the latter where products are
-    taken in it: attention then keeps q, k, v and its result so, and q, k, v not as they were."""
+    taken in it: attention then keeps q, k, v and its result so, and q, k, v not as they were. `grouped`: k and v are kept
+    once a kv head."""
     args, mp, layers = model.args, groups.mp_size(), len(model.layers)
+    heads = args.n_heads * args.head_size / mp
+    kv_heads = max(args.kv_heads / mp, 1) * args.head_size if grouped else heads
 
     def of_layer(mode: str) -> float:
-        whole, cut, ffn = SAVED[mode]
-        numbers = whole * args.dim / (mp if divided else 1) + (cut * args.dim + ffn * args.ffn_dim) / mp
-        widened = (4 * wide - 3 * compute) * args.dim / mp if wide not in (None, compute) and mode != "full" else 0
+        whole, attended, ffn = SAVED[mode]
+        numbers = (
+            whole * args.dim / (mp if divided else 1) + attended * 2 * (heads + kv_heads) + ffn * args.ffn_dim / mp
+        )
+        widened = (4 * wide - 3 * compute) * heads if wide not in (None, compute) and mode != "full" else 0
         return tokens * (compute * numbers + widened)
 
     return layers * of_layer(checkpointing) + (of_layer("none") if checkpointing == "full" else 0)  # the one made again
