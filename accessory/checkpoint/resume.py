@@ -37,11 +37,13 @@ def digest(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def retire(run: Path, keep_last: int | None, keep: Collection[int] = ()) -> None:
+def retire(run: Path, keep_last: int | None, keep: Collection[int] = (), newest: int | None = None) -> None:
     """Deletes all but the newest `keep_last` whole checkpoints and the steps `keep`, and what interrupted saves left. One
-    rank."""
+    rank. `newest`: the step that was just saved. Later ones were passed over as damaged, which sizes alone do not show: they
+    stay, and count as none."""
     if keep_last is not None:
-        whole = [(step, path) for step, path in steps(run) if problem(path) is None]
+        known = [(step, path) for step, path in steps(run) if newest is None or step <= newest]
+        whole = [(step, path) for step, path in known if problem(path) is None]
         for step, path in whole[: max(0, len(whole) - max(1, keep_last))]:
             if step not in keep:
                 os.replace(path, run / f".trash-{uuid.uuid4().hex[:8]}")

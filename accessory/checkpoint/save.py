@@ -203,7 +203,7 @@ class Saver:
                 manifest = {"format_version": FORMAT_VERSION, "step": step, **layout, **about}
                 manifest["files"] = {name: entry for part in files for name, entry in sorted(part.items())}
                 _publish(self.run, temporary, final, manifest)
-                retire(self.run, self.keep_last, keep)
+                retire(self.run, self.keep_last, keep, step)
 
         own = temporary / "resume" / state_name(groups.rank(), groups.world_size())
         part(lambda: _make_room(self.run, temporary, sum(needed) * 4 / 3))  # and the weights

@@ -445,3 +445,15 @@ def test_retention_keeps_the_newest_whole_ones_and_the_best(tmp_path):
     assert 7 in found[8] and 7 in found[9]
     assert not [p.name for p in tmp_path.iterdir() if p.name.startswith(".")]
     assert math.isfinite(json.loads((tmp_path / "latest/resume/state.json").read_text())["adam_step"])
+
+
+def test_a_damaged_later_checkpoint_takes_no_place_of_the_newest(tmp_path):
+    """A flipped bit, which sizes do not show: the run goes on from the checkpoint before it, whose followers are to stay."""
+    run_ranks(save_once, Case(1, 1, "lora"), tmp_path, 3, world=1)
+    file = tmp_path / "step_00000003" / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    assert resume.find(tmp_path, "auto")[0] == (tmp_path / "step_00000002").resolve()
+    for keep, left in ((1, [2, 3]), (None, [2, 3])):
+        resume.retire(tmp_path, keep, newest=2)
+        assert [step for step, _ in resume.steps(tmp_path)] == left
+    assert resume.find(tmp_path, "auto")[0] == (tmp_path / "step_00000002").resolve()
