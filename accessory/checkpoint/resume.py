@@ -91,7 +91,8 @@ def problem(path: Path, hashes: bool = False) -> str | None:
 
 def find(run: Path, wanted: str) -> tuple[Path | None, list[str]]:
     """--resume's checkpoint and what was passed over: "auto" is the newest whole one of `run`, None without any;
-    else the directory named. Raises ValueError when that is not whole, or when no checkpoint of `run` is."""
+    else the directory named. Raises ValueError when that is not whole, when no checkpoint of `run` is, or when `run` has
+    whole ones after the one named: the next "auto" would take those, and retention them for the newest."""
     if wanted != "auto":
         path = Path(wanted)
         path = path / "latest" if (path / "latest").exists() else path
@@ -101,7 +102,13 @@ def find(run: Path, wanted: str) -> tuple[Path | None, list[str]]:
             raise ValueError(
                 f"--resume {wanted}: {wrong}; name another step_* directory, or use --resume auto for the newest whole one"
             )
-        return path.resolve(), []
+        named, path = STEP.fullmatch(path.name), path.resolve()  # `latest` may lag a step behind after a kill
+        later = [p for _, p in steps(run) if path.parent == run.resolve() and p.name > path.name and problem(p) is None]
+        if named and later:
+            raise ValueError(
+                f"--resume {wanted}: {later[-1]} comes after it: move away what is beyond {path.name}, or go on in another --output_dir"
+            )
+        return path, []
     passed_over = []
     for _, path in reversed(steps(run)):
         if (wrong := problem(path, hashes=True)) is None:

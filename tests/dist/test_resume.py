@@ -457,3 +457,16 @@ def test_a_damaged_later_checkpoint_takes_no_place_of_the_newest(tmp_path):
         resume.retire(tmp_path, keep, newest=2)
         assert [step for step, _ in resume.steps(tmp_path)] == left
     assert resume.find(tmp_path, "auto")[0] == (tmp_path / "step_00000002").resolve()
+
+
+def test_going_back_needs_the_later_checkpoints_out_of_the_way(tmp_path):
+    """Else retention would take the new ones for the oldest, and the next --resume auto go on with the later ones."""
+    run_ranks(save_once, Case(1, 1, "lora"), tmp_path / "run", 3, world=1)
+    first, last = (tmp_path / "run" / f"step_{n:08d}" for n in (1, 3))
+    with pytest.raises(ValueError, match=f"--resume {first}: {last} comes after it: move away .* another --output_dir"):
+        resume.find(tmp_path / "run", str(first))
+    assert resume.find(tmp_path / "elsewhere", str(first)) == (first, [])
+    assert resume.find(tmp_path / "run", str(last)) == resume.find(tmp_path / "run", str(tmp_path / "run")) == (last, [])
+    (last / "manifest.json").unlink()
+    (last.with_name("step_00000002")).rename(tmp_path / "away")
+    assert resume.find(tmp_path / "run", str(first)) == (first, [])
