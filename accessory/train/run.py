@@ -34,6 +34,7 @@ from accessory.train.start import (
     calibration_tokens,
     find_start,
     materialise,
+    model_terms,
     open_start,
     open_tokenizer,
     state_at,
@@ -98,6 +99,7 @@ def train(
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
     position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
     position |= {"calibration_tokens": tokens} if parallel.quant else {}
+    position |= {"model": model_terms(args, tuning), "validation": val_set.fingerprint if val_set is not None else None}
     state = state_at(resumed, position, data) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:

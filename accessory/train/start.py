@@ -234,6 +234,15 @@ def changed_flags(run: Path, data: Any) -> str:
     return "; ".join(changed) or "its files or the tokenizer, not its flags"
 
 
+def model_terms(args: ModelArgs, tuning: TuningArgs) -> dict[str, Any]:
+    """What a model computes beyond names and shapes of its tensors, as plain JSON: a run that goes on must have the same."""
+    terms: dict[str, Any] = args.to_dict()
+    if tuning.lora_rank:
+        terms |= {"lora_rank": tuning.lora_rank, "lora_alpha": tuning.alpha, "use_rslora": tuning.use_rslora}
+        terms |= {"rank_pattern": tuning.rank_pattern, "alpha_pattern": tuning.alpha_pattern}
+    return json.loads(json.dumps(terms))
+
+
 def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
     """Where the checkpoint `path` stands; its weights and moments are `resume.load`'s. Raises ValueError when the order of
     samples would differ, with the flags among `data` that are not what they were."""
@@ -243,16 +252,23 @@ def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
         raise ValueError(
             f"--resume {path}: the training data changed ({changed_flags(path.parent, data)}): restore it, or start anew in another --output_dir"
         )
-    for key, name in (
-        ("seed", "--seed"),
-        ("sequences_per_step", "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)"),
-        ("quant", "--quant"),
-        ("calibration_tokens", "--calibration_tokens"),
-    ):
-        if state.data.get(key) != position.get(key):
+    named = {
+        "seed": "--seed",
+        "sequences_per_step": "the batch (--batch_size x --accum_iter x data-parallel ranks, or --global_batch_size)",
+        "quant": "--quant",
+        "calibration_tokens": "--calibration_tokens",
+    }
+    changed = [(name, state.data.get(key), position.get(key)) for key, name in named.items()]
+    before, now = state.data.get("model", position["model"]), position["model"]
+    changed += [(f"the model's {key}", before.get(key), now.get(key)) for key in before | now]
+    for name, then, value in changed:
+        if then != value:
             raise ValueError(
-                f"--resume {path}: {name} changed ({state.data.get(key)} then, {position.get(key)} now): restore it, or start anew in another --output_dir"
+                f"--resume {path}: {name} changed ({then} then, {value} now): restore it, or start anew in another --output_dir"
             )
+    if state.data.get("validation", position["validation"]) != position["validation"] and state.best is not None:
+        log.say("the validation data changed: what was best by the earlier one counts no more", groups.rank())
+        state.forget_best()
     if position.get("calibration_tokens"):
         told = json.loads((path / resume.MANIFEST).read_text())
         then, now = f"{told['mp']} x {told['dp']}", f"{groups.mp_size()} x {groups.dp_size()}"

@@ -70,8 +70,12 @@ class TrainState:
     def judge_by(self, metric: str) -> None:
         """By another metric than before, nothing is known of what was better."""
         if self.metric not in (None, metric):
-            self.best, self.best_step, self.ranked, self.stale = None, None, [], 0
+            self.forget_best()
         self.metric = metric
+
+    def forget_best(self) -> None:
+        """The values to come cannot be compared with those that were."""
+        self.best, self.best_step, self.ranked, self.stale = None, None, [], 0
 
     def note(self, metrics: dict[str, float], keep: int) -> None:
         """A validation at this step. What is equal to the best is no improvement, and NaN never is one; step 0 is a best

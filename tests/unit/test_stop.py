@@ -20,11 +20,11 @@ from accessory.checkpoint import resume
 from accessory.data.blocks import PretrainDataArgs
 from accessory.data.sft import Example
 from accessory.model import ModelArgs, Transformer, shard_dim
-from accessory.model.lora import partial_grad
+from accessory.model.lora import TuningArgs, partial_grad
 from accessory.parallel import groups
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
-from accessory.train.start import RunArgs, changed_flags
+from accessory.train.start import RunArgs, changed_flags, model_terms, state_at
 from accessory.train.state import TrainState
 
 NAN = float("nan")
@@ -320,3 +320,36 @@ def test_the_command_that_comes_next_can_be_pasted(capsys) -> None:
 
     say_end(TrainState(step=3), 3, Path("/runs/my model"), adapter=True)
     assert "--adapters '/runs/my model/latest' --dst" in "".join(capsys.readouterr())
+
+
+def saved_position(directory: Path, **other: Any) -> dict[str, Any]:
+    """A checkpoint's state in `directory`, after a validation; its position, with what is `other` now."""
+    args = ModelArgs.from_dict({"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "rope_theta": 500000.0})
+    position = {"fingerprint": "f", "seed": 0, "sequences_per_step": 8, "quant": None, "optim_states": "fp32"}
+    position |= {"model": model_terms(args, TuningArgs(lora_rank=8)), "validation": "v"}
+    state = TrainState(step=5, best=-2.0, best_step=5, metric="val_loss", ranked=[[-2.0, 5]], stale=1, data=position)
+    (directory / "resume").mkdir(exist_ok=True)
+    content = state.to_json() | {"format_version": resume.FORMAT_VERSION, "adam_step": 5.0}
+    (directory / "resume" / "state.json").write_text(json.dumps(content))
+    return position | other
+
+
+def test_a_run_goes_on_with_the_model_that_it_had(tmp_path) -> None:
+    """What no tensor's name or shape tells: the scale of the adapters, the base of the rotary embedding."""
+    model = saved_position(tmp_path)["model"]
+    for change, words in (
+        ({"lora_alpha": 32.0}, "the model's lora_alpha changed (8.0 then, 32.0 now)"),
+        ({"use_rslora": True}, "the model's use_rslora changed (False then, True now)"),
+        ({"rope_theta": 10000.0}, "the model's rope_theta changed (500000.0 then, 10000.0 now)"),
+        ({"rope_scaling": {"factor": 8.0}}, "the model's rope_scaling changed (None then, {'factor': 8.0} now)"),
+    ):
+        with pytest.raises(ValueError) as error:
+            state_at(tmp_path, saved_position(tmp_path, model=model | change), None)
+        assert words in str(error.value)
+    assert state_at(tmp_path, saved_position(tmp_path), None).best_steps == [5]
+
+
+def test_another_validation_set_begins_anew(tmp_path, capfd) -> None:
+    state = state_at(tmp_path, saved_position(tmp_path, validation="w"), None)
+    assert (state.best, state.best_step, state.ranked, state.stale) == (None, None, [], 0)
+    assert "the validation data changed" in capfd.readouterr().out
