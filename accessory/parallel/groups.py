@@ -82,6 +82,11 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
         if on is not None:
             _cache["device"] = where
         return
+    sizes = all_gather_object(model_parallel_size)
+    if set(sizes) != {model_parallel_size}:  # making the groups would wait for ever
+        raise ValueError(
+            f"--model_parallel_size is not the same on every rank ({', '.join(map(str, sizes))}): start them alike"
+        )
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _cache["device"] = where

@@ -32,6 +32,8 @@ from accessory.train.profile import Phases, check_steps, profile_of, time_line
 from accessory.train.start import (
     RunArgs,
     calibration_tokens,
+    check_agree,
+    check_flags_agree,
     find_start,
     materialise,
     model_terms,
@@ -60,6 +62,7 @@ def train(
     """The whole run. `load_data(data, tokenizer, seed)` gives (training set, validation set or None), with `fingerprint`
     and `report`, alike on every rank; `data` also has num_workers. Every rank calls it."""
     groups.init(parallel.model_parallel_size)
+    check_flags_agree(run, parallel, tuning, data, optimizer_args, loop_args)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
     profiled = loop_args.profile_steps
     if loop_args.as_test:  # beside the run itself, which it must not disturb, and always anew
@@ -82,6 +85,9 @@ def train(
         )
     train_set, val_set = load_data(data, tokenizer, loop_args.seed)
     check_judged(loop_args, val_set)
+    terms, held_out = model_terms(args, tuning), val_set.fingerprint if val_set is not None else None
+    files = {"the model": terms, "training data": train_set.fingerprint, "validation data": held_out}
+    check_agree(files, "give every rank the same files")
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))
     real = dataclasses.replace(loop_args, as_test=False)
@@ -99,7 +105,7 @@ def train(
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
     position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
     position |= {"calibration_tokens": tokens} if parallel.quant else {}
-    position |= {"model": model_terms(args, tuning), "validation": val_set.fingerprint if val_set is not None else None}
+    position |= {"model": terms, "validation": held_out}
     state = state_at(resumed, position, data) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:
@@ -122,7 +128,7 @@ def train(
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     template = getattr(train_set, "template", None)
     saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected, template)
-    prompts = read_prompts(run.sample_prompts)[: 1 if loop_args.as_test else None]
+    prompts = groups.from_first_rank(lambda: read_prompts(run.sample_prompts))[: 1 if loop_args.as_test else None]
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()

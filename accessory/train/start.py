@@ -32,6 +32,8 @@ from accessory.train.state import TrainState
 
 SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitioner takes again what costs least
 AS_TEST_TOKENS = 256  # that --as_test calibrates on
+PLACES = {"pretrained_path", "lora_path", "llama_config", "tokenizer_path", "data_config", "corpus", "output_dir"}
+OWN = PLACES | {"sample_prompts", "report_to", "num_workers"}  # flags that may differ from rank to rank
 
 
 @dataclass
@@ -113,6 +115,22 @@ def open_start(run: RunArgs, tuning: TuningArgs) -> tuple[Any, ModelArgs, Tuning
         if tuning.bias_tuning:
             args = dataclasses.replace(args, attention_bias=told.attention_bias, mlp_bias=told.mlp_bias)
     return checkpoint, args, tuning
+
+
+def check_flags_agree(*sections: Any) -> None:
+    """Raises ValueError where a rank was started with another flag than rank 0: it would wait for ever, or train otherwise.
+    Every rank calls it. Where files lie may differ; what they hold, `check_agree` is told."""
+    flags = {k: v for section in sections for k, v in dataclasses.asdict(section).items()}
+    check_agree({f"--{k}": v for k, v in flags.items() if k not in OWN}, "start every rank with the same flags")
+
+
+def check_agree(known: dict[str, Any], remedy: str) -> None:
+    """Raises ValueError on every rank, naming the first rank and thing that is not as on rank 0. Every rank calls it."""
+    first, *others = groups.all_gather_object(known)
+    for rank, theirs in enumerate(others, 1):
+        for name, value in first.items():
+            if theirs[name] != value:
+                raise ValueError(f"rank {rank} has {name} {theirs[name]}, rank 0 {value}: {remedy}")
 
 
 def find_start(run: RunArgs, directory: Path) -> Path | None:

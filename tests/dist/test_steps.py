@@ -1,5 +1,7 @@
 """What one optimizer step must survive: gradients that are not finite, half precision, dropout; and equal starts at every mp."""
 
+import contextlib
+import io
 import math
 
 import pytest
@@ -7,7 +9,7 @@ import torch
 
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local
-from accessory.train import objectives
+from accessory.train import loop, objectives, start
 from accessory.train import state as train_state
 from accessory.train.state import reseed
 from tests.dist import runs
@@ -247,3 +249,34 @@ def test_new_adapters_are_the_same_at_every_layout():
     for mp, world in ((2, 2), (4, 4), (2, 4)):
         for found in run_ranks(initial_adapters, mp, world=world):
             assert all(torch.equal(found[n], alone[n]) for n in alone) and set(found) == set(alone)
+
+
+# --- ranks that were not started alike --------------------------------------------------------------------------------
+
+
+def unlike() -> list[str]:
+    """What the ranks say where rank 1 was given other flags, other data, another division; where only paths differ, nothing."""
+    second, said = groups.rank() == 1, []
+
+    def says(work, *given) -> None:
+        with pytest.raises(ValueError) as caught:
+            work(*given)
+        said.append(str(caught.value))
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        says(groups.init, 2 if second else 1)
+        groups.init(1)
+    says(start.check_flags_agree, loop.LoopArgs(max_steps=5 if second else 3))
+    says(start.check_agree, {"training data": "ab" if second else "cd"}, "give every rank the same files")
+    start.check_flags_agree(start.RunArgs(pretrained_path="/b" if second else "/a", output_dir="x"), loop.LoopArgs())
+    return said
+
+
+def test_ranks_that_were_not_started_alike_are_told_together():
+    assert run_ranks(unlike, world=2) == [
+        [
+            "--model_parallel_size is not the same on every rank (1, 2): start them alike",
+            "rank 1 has --max_steps 5, rank 0 3: start every rank with the same flags",
+            "rank 1 has training data ab, rank 0 cd: give every rank the same files",
+        ]
+    ] * 2
