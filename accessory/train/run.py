@@ -34,6 +34,7 @@ from accessory.train.start import (
     calibration_tokens,
     check_agree,
     check_flags_agree,
+    claim,
     find_start,
     materialise,
     model_terms,
@@ -129,6 +130,7 @@ def train(
     template = getattr(train_set, "template", None)
     saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected, template)
     prompts = groups.from_first_rank(lambda: read_prompts(run.sample_prompts))[: 1 if loop_args.as_test else None]
+    groups.from_first_rank(lambda: claim(directory, make=True))
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()

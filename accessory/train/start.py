@@ -6,11 +6,12 @@ Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pret
 """
 
 import dataclasses
+import fcntl
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -34,6 +35,9 @@ SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitio
 AS_TEST_TOKENS = 256  # that --as_test calibrates on
 PLACES = {"pretrained_path", "lora_path", "llama_config", "tokenizer_path", "data_config", "corpus", "output_dir"}
 OWN = PLACES | {"sample_prompts", "report_to", "num_workers"}  # flags that may differ from rank to rank
+
+LOCK = ".lock"  # in a run's directory
+_claimed: dict[Path, IO] = {}  # by this process, until it ends
 
 
 @dataclass
@@ -133,8 +137,35 @@ def check_agree(known: dict[str, Any], remedy: str) -> None:
                 raise ValueError(f"rank {rank} has {name} {theirs[name]}, rank 0 {value}: {remedy}")
 
 
+def claim(directory: Path, make: bool = False) -> None:
+    """Takes a run's directory for this process: two runs in it would delete each other's checkpoints. Rank 0 only.
+
+    Raises ValueError where another process has it, or where it cannot be made."""
+    try:
+        if make:
+            directory.mkdir(parents=True, exist_ok=True)
+        elif not directory.is_dir():
+            return
+    except OSError as error:
+        raise ValueError(f"--output_dir {directory}: {error.strerror}: choose one that can be written to") from None
+    if directory.resolve() in _claimed:
+        return
+    try:
+        lock = open(directory / LOCK, "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"--output_dir {directory}: another run is writing there: wait for it to end, or choose another directory"
+        ) from None
+    except OSError:  # a file system without locks; one that cannot be written says so soon enough
+        return
+    _claimed[directory.resolve()] = lock
+
+
 def find_start(run: RunArgs, directory: Path) -> Path | None:
-    """The checkpoint to continue from, None to start. Raises ValueError when output_dir holds a run that nobody asked about."""
+    """The checkpoint to continue from, None to start. Raises ValueError when output_dir holds a run that nobody asked about,
+    or another process writes there."""
+    groups.from_first_rank(lambda: claim(directory))
     if run.resume is not None and not run.overwrite_output_dir:
         found, passed_over = groups.from_first_rank(lambda: resume.find(directory, run.resume))  # it hashes every file
         for wrong in passed_over:

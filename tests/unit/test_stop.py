@@ -4,6 +4,7 @@ The loop is the real one, over a model of two numbers, with validations that are
 a second, on disk as a run leaves it (state.json through JSON, real retention). By the command line: tests/e2e/test_stop.py."""
 
 import dataclasses
+import fcntl
 import json
 import math
 import signal
@@ -24,7 +25,7 @@ from accessory.model.lora import TuningArgs, partial_grad
 from accessory.parallel import groups
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
-from accessory.train.start import RunArgs, changed_flags, model_terms, state_at
+from accessory.train.start import LOCK, RunArgs, changed_flags, claim, find_start, model_terms, state_at
 from accessory.train.state import TrainState
 
 NAN = float("nan")
@@ -353,3 +354,24 @@ def test_another_validation_set_begins_anew(tmp_path, capfd) -> None:
     state = state_at(tmp_path, saved_position(tmp_path, validation="w"), None)
     assert (state.best, state.best_step, state.ranked, state.stale) == (None, None, [], 0)
     assert "the validation data changed" in capfd.readouterr().out
+
+
+def test_a_directory_is_one_runs(tmp_path) -> None:
+    """A second process is refused, whatever it was asked to do there; the first may ask again, and its end is enough."""
+    groups.ensure()
+    directory = tmp_path / "run"
+    for flags in ({}, {"resume": "auto"}, {"overwrite_output_dir": True}):
+        directory.mkdir(exist_ok=True)
+        with open(directory / LOCK, "a") as other:
+            fcntl.flock(other, fcntl.LOCK_EX)
+            with pytest.raises(ValueError, match=f"--output_dir {directory}: another run is writing there: wait"):
+                find_start(RunArgs(pretrained_path="x", output_dir=str(directory), **flags), directory)
+    claim(directory)
+    claim(directory)
+    with open(directory / LOCK) as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="--output_dir .*file/run: Not a directory: choose one that can be written to"):
+        claim(tmp_path / "file" / "run", make=True)
+    claim(tmp_path / "nothing")
+    assert not (tmp_path / "nothing").exists()
