@@ -11,12 +11,13 @@ A resumed run drops the lines of steps that it will do again, so that every step
 Test: tests/unit/test_log.py
 """
 
+import contextlib
 import importlib.util
 import json
 import os
 import sys
 import uuid
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class RunLog:
         """Appends one JSON object; its numbers go to TensorBoard and Weights & Biases too."""
         if not self.active:
             return
-        with open(self.directory / file, "a", encoding="utf-8") as out:
+        with naming(self.directory / file), open(self.directory / file, "a", encoding="utf-8") as out:
             out.write(json.dumps(record, ensure_ascii=False) + "\n")
         numbers = {
             ("val/" if key.startswith("val_") else "train/") + key: value
@@ -111,8 +112,20 @@ def keep_until(path: Path, step: int | None) -> None:
         if step is not None and record.get("step", 0) <= step:
             kept.append(line)
     part = path.with_name(path.name + ".part")
-    part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    with naming(part):
+        part.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
     os.replace(part, path)
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """An OSError of what is done inside names the file: of a write that finds the disk full Python does not say which it was."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_reporters(report_to: Collection[str]) -> None:

@@ -49,7 +49,7 @@ def build(args: CorpusArgs, show_progress: bool = False) -> dict[str, Any]:
     )
     if Path(args.dst).exists():
         return up_to_date(args, settings, sources, units)
-    with Work(args, settings, sources) as work_:
+    with log.naming(Path(args.dst)), Work(args, settings, sources) as work_:
         if work_.is_finished():
             return work_.publish()
         total = sum(s.size for s in sources)

@@ -13,7 +13,6 @@ import json
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +101,10 @@ class Work:
 
     def skipped(self, units: Iterator[Unit], update: Callable[[int], Any]) -> Iterator[Unit]:
         """The units that are not done yet. ValueError where a finished one does not read as it did."""
-        for number, (unit, entry) in enumerate(zip(islice(units, len(self.entries)), self.entries, strict=False)):
-            if (unit.source, unit.crc) != (entry["source"], entry["crc"]):
-                raise ValueError(self.changed(unit.source, number))
+        for number, entry in enumerate(self.entries):
+            unit = next(units, None)  # None: a file that was cut off just where a unit began
+            if unit is None or (unit.source, unit.crc) != (entry["source"], entry["crc"]):
+                raise ValueError(self.changed(entry["source"], number))
             update(unit.progress)
         yield from units
 

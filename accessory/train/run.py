@@ -137,7 +137,8 @@ def train(
     flags = resolved(run, parallel, tuning, data, optimizer_args, loop_args, args)
     run_log = log.RunLog(directory, groups.rank(), run.report_to, state.step if resumed else None, max_steps, flags)
     if groups.rank() == 0:
-        (directory / "config.json").write_text(json.dumps(flags, indent=1))
+        with log.naming(directory / "config.json"):
+            (directory / "config.json").write_text(json.dumps(flags, indent=1))
     eval_batch = loop_args.eval_batch_size or loop_args.batch_size
 
     def evaluate() -> dict[str, float]:

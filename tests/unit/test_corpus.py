@@ -429,6 +429,36 @@ def test_text_that_became_shorter_is_noticed(tmp_path: Path, tokenizer: Tokenize
         build(args_of(tmp_path / "a.txt", tmp_path / "s", tokenizer, unit_bytes=2000, documents="lines"))
 
 
+def test_text_that_was_cut_off_just_where_a_unit_ends_is_noticed(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """Every unit was read, the build ended before meta.json; what is left of the text has no byte that differs."""
+    src, lines = tmp_path / "a.jsonl", [json.dumps({"text": text_of(i, 600)}) + "\n" for i in range(9)]
+    src.write_text("".join(lines))
+    args = args_of(src, tmp_path / "s", tokenizer, unit_bytes=2000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_work.Work, "finish", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            build(args)
+    ends = [json.loads(line)["lines"] for line in (tmp_path / "s.part" / "journal.jsonl").read_text().splitlines()]
+    assert len(ends) > 2
+    src.write_text("".join(lines[: sum(ends[:-1])]))
+    with pytest.raises(ValueError, match="a.jsonl was changed after .*s.part was begun"):
+        build(args)
+    src.write_text("".join(lines))
+    assert build(args)["lines"] == 9
+
+
+def test_a_full_disk_is_named(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    (tmp_path / "a.txt").write_text("some words")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(corpus_work.Work, "append", full)
+    with pytest.raises(OSError) as caught:
+        build(args_of(tmp_path / "a.txt", tmp_path / "s", tokenizer))
+    assert caught.value.filename == str(tmp_path / "s")
+
+
 def test_two_builds_of_one_directory(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (tmp_path / "a.txt").write_text("the sky")
     args = args_of(tmp_path / "a.txt", tmp_path / "s", tokenizer)

@@ -136,3 +136,11 @@ def test_the_flag_is_a_list(wandb):
     assert RunArgs(pretrained_path="x", output_dir="y", report_to="none").report_to == ["none"]
     with pytest.raises(ValueError, match="choose one of none, tensorboard, wandb"):
         parse([*given, "--report_to", "tensorboard,mlflow"], RunArgs)
+
+
+def test_a_full_disk_is_named(tmp_path):
+    run_log = log.RunLog(tmp_path, 0, [], None, 2)
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError) as caught:
+        run_log.write(TRAIN)
+    assert caught.value.filename == str(tmp_path / "metrics.jsonl")
