@@ -72,8 +72,12 @@ def load_corpus(args: PretrainDataArgs, tokenizer: Tokenizer, seed: int) -> tupl
         raise ValueError("--corpus is missing: name a token store, tools/build_corpus.py builds one from text")
     paths, weights = zip(*(path_and_weight(word) for word in args.corpus))
     stores = [Store.open(path) for path in paths]
-    for store in stores:
+    for i, store in enumerate(stores):
         store.require(tokenizer)
+        if twice := [other for other in stores[:i] if other.fingerprint == store.fingerprint]:
+            raise ValueError(
+                f"--corpus {store.directory}: the same text as {twice[0].directory}, so what one holds out the other trains on: name it once (DIR=2 is each block twice)"
+            )
     keys: dict[str, Any] = {"block_size": args.block_size, "val_fraction": args.val_ratio, "seed": seed}
     keys |= {"separate_documents": args.separate_documents, "keep_last": not args.drop_last}
     train = Blocks(stores, list(weights), split="train", **keys)

@@ -200,10 +200,11 @@ def load_sft(
         raise ValueError("--data_config is missing: a .json or .jsonl file of instructions, or a YAML that lists some")
     tokenizer.encode("", bos=tokenizer.add_bos, eos=True)  # says so, where the tokenizer names no EOS
     parts: list[Part] = []
+    held_out_of: dict[Path, set[int]] = {}
     for position, entry in enumerate(read_config(Path(args.data_config).expanduser())):
         dialogs = read_dialogs(entry)
         part = Part(dialogs, entry.split, entry.weight, (seed, position), templates_of(entry, dialogs, args, tokenizer))
-        parts += split_part(part, args.val_ratio, entry.path)
+        parts += split_part(part, args.val_ratio, entry.path, held_out_of)
     with tqdm(
         total=sum(len(p.records) for p in parts), desc="tokenise", unit=" examples", disable=not show_progress
     ) as bar:
@@ -229,17 +230,19 @@ def templates_of(
     return found.__getitem__
 
 
-def split_part(part: Part, val_ratio: float, path: Path) -> list[Part]:
-    """One file's records -> its parts. What is held out is drawn from its key, before weights: never in both parts."""
+def split_part(part: Part, val_ratio: float, path: Path, held_out_of: dict[Path, set[int]]) -> list[Part]:
+    """One file's records -> its parts. What is held out is drawn from its key, before weights: never in both parts. A file
+    that was there before, with another template for instance, has the same held out: `held_out_of`, which is added to."""
     records = part.records
     if part.split == "val" or not val_ratio:
         return [part]
     count = max(1, math.floor(len(records) * val_ratio + 0.5))
     if count >= len(records):
         raise ValueError(f"--val_ratio {val_ratio} leaves nothing to train on of {path} ({len(records)} examples)")
-    held_out = set(rng(*part.key, 0).permutation(len(records))[:count].tolist())
+    drawn = set(rng(*part.key, 0).permutation(len(records))[:count].tolist())
+    held_out = held_out_of.setdefault(path.resolve(), drawn)
     train = [record for i, record in enumerate(records) if i not in held_out]
-    val = [records[i] for i in sorted(held_out)]
+    val = [record for i, record in enumerate(records) if i in held_out]
     return [part._replace(records=train), part._replace(records=val, split="val", weight=1.0)]
 
 

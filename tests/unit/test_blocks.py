@@ -1,6 +1,7 @@
 """Blocks: the stream cut, documents apart, an exact and lazy order, a split that holds, any layout, exact resume."""
 
 import itertools
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -290,6 +291,10 @@ def test_load_corpus_counts_and_fingerprints(tmp_path: Path) -> None:
 def test_load_corpus_errors(tmp_path: Path) -> None:
     make_store(tmp_path / "a", [30])
     other = SimpleNamespace(fingerprint="x", path=Path("y"), vocab_size=1)
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")
+    for named in ("a", "copy=0.5"):  # or blocks held out of the one would be trained on in the other
+        with pytest.raises(ValueError, match="the same text as .*/a, .*name it once"):
+            load_corpus(PretrainDataArgs([str(tmp_path / "a"), str(tmp_path / named)], block_size=16), TOKENIZER, 0)
     with pytest.raises(ValueError, match="--corpus is missing: name a token store"):
         load_corpus(PretrainDataArgs(), TOKENIZER, 0)
     with pytest.raises(ValueError, match="built with another tokenizer"):

@@ -145,6 +145,19 @@ def test_weights_are_exact_to_one_example(tokenizer: Tokenizer, tmp_path_factory
     assert load(directory / "d.yaml", tokenizer, seed).fingerprint == found.fingerprint
 
 
+def test_a_file_that_is_there_twice_has_the_same_held_out(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """With another template, format or weight: what is validated on is trained on in no wording."""
+    write(tmp_path / "a.jsonl", [fill(FORMATS["alpaca"], i) for i in range(20)])
+    entries = (
+        "{path: a.jsonl}, {path: ./a.jsonl, template: alpaca, weight: 2}, {path: a.jsonl, limit: 10, template: zephyr}"
+    )
+    (tmp_path / "d.yaml").write_text(f"META: [{entries}]")
+    args = DataArgs(str(tmp_path / "d.yaml"), val_ratio=0.25, template="vicuna", max_seq_len=600)
+    train, val = (answers(side, tokenizer) for side in load_sft(args, tokenizer, 0))
+    assert len(val) == 5 and len(train) == 15 and not train.keys() & val.keys()
+    assert sum(train.values()) + sum(val.values()) == 15 * 3 + 5 * 2 + 10, "each entry has every record on one side"
+
+
 def test_keys_of_an_entry(tmp_path: Path, tokenizer: Tokenizer) -> None:
     write(tmp_path / "a.json", [fill(FORMATS["sharegpt"], i) for i in range(9)])
     write(tmp_path / "b.jsonl", [fill(FORMATS["alpaca"], 10 + i) for i in range(9)])
