@@ -84,9 +84,10 @@ class RunLog:
             if isinstance(value, (int, float)) and key != "step"
         }
         if self.board is not None:
-            for key, value in numbers.items():
-                self.board.add_scalar(key, value, record["step"])
-            self.board.flush()
+            with naming(self.directory / "tensorboard"):
+                for key, value in numbers.items():
+                    self.board.add_scalar(key, value, record["step"])
+                self.board.flush()
         if self.wandb is not None and numbers:
             self.wandb.log(numbers | {"step": record["step"]})
 
@@ -94,7 +95,8 @@ class RunLog:
         if self.bar is not None:
             self.bar.close()
         if self.board is not None:
-            self.board.close()
+            with naming(self.directory / "tensorboard"):
+                self.board.close()
         if self.wandb is not None:
             self.wandb.finish()
 

@@ -75,6 +75,7 @@ def train(
     resumed = find_start(run, directory) if not run.dry_run else None
     if resumed is not None:
         loop_args = with_saved_batch(loop_args, resumed)
+    prompts = groups.from_first_rank(lambda: read_prompts(run.sample_prompts))[: 1 if loop_args.as_test else None]
     checkpoint, args, tuning = open_start(run, tuning)
     tokenizer = open_tokenizer(run, checkpoint, args)
     model = build(checkpoint, args, tuning)  # without memory; what it refuses is said before minutes of tokenising
@@ -129,7 +130,6 @@ def train(
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     template = getattr(train_set, "template", None)
     saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected, template)
-    prompts = groups.from_first_rank(lambda: read_prompts(run.sample_prompts))[: 1 if loop_args.as_test else None]
     groups.from_first_rank(lambda: claim(directory, make=True))
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
@@ -235,7 +235,11 @@ def save_tokenizer(tokenizer: Tokenizer, into: Path, template: dict[str, Any] | 
 def read_prompts(given: str | None) -> list[str]:
     if not given:
         return []
-    return prompt_lines(given, "--sample_prompts") if Path(given).is_file() else [given]
+    if Path(given).is_file():
+        return prompt_lines(given, "--sample_prompts")
+    if len(given.split()) == 1 and (given.endswith(".txt") or given.startswith(("/", "./", "../", "~"))):
+        raise ValueError(f"--sample_prompts {given}: no such file: correct the path, or write an instruction")
+    return [given]
 
 
 def resolved(*sections: Any) -> dict[str, Any]:

@@ -375,3 +375,13 @@ def test_a_directory_is_one_runs(tmp_path) -> None:
         claim(tmp_path / "file" / "run", make=True)
     claim(tmp_path / "nothing")
     assert not (tmp_path / "nothing").exists()
+
+
+def test_prompts_are_an_instruction_or_a_file_that_is_there(tmp_path) -> None:
+    (tmp_path / "p.txt").write_text("One?\n\nTwo?\n")
+    assert run.read_prompts(str(tmp_path / "p.txt")) == ["One?", "Two?"]
+    for words in ("Hello", "What is in prompts.txt?", "24/7"):
+        assert run.read_prompts(words) == [words]
+    for path in (str(tmp_path / "q"), "prompts.txt", "./prompts"):
+        with pytest.raises(ValueError, match="--sample_prompts .*: no such file"):
+            run.read_prompts(path)
