@@ -146,7 +146,7 @@ def _summary_writer(directory: Path, resumed_step: int | None):
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise ValueError(missing("tensorboard")) from None
-    return SummaryWriter(str(directory), purge_step=None if resumed_step is None else resumed_step + 1)
+    return SummaryWriter(str(directory), purge_step=0 if resumed_step is None else resumed_step + 1)
 
 
 def _wandb_run(directory: Path, resumed_step: int | None, flags: dict[str, Any]) -> Any:

@@ -1,5 +1,6 @@
 """What a run tells: metrics.jsonl always; TensorBoard read back with its own reader; Weights & Biases by a module in its place."""
 
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -115,6 +116,27 @@ def test_tensorboard_reads_it_back(tmp_path):
     assert sorted(events.Tags()["scalars"]) == ["train/epoch", "train/loss", "train/lr", "val/val_loss"]
     [loss] = events.Scalars("train/loss")
     assert (loss.step, loss.value) == (1, 2.5)
+
+
+def test_tensorboard_shows_each_step_once(tmp_path, monkeypatch):
+    """Of a run that was continued, and of one that was begun anew in the directory of a longer one."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def shown(resumed: int | None, steps: range, loss: float) -> dict[int, float]:
+        run_log = log.RunLog(tmp_path, 0, ["tensorboard"], resumed, 9)
+        for step in steps:
+            run_log.write({"step": step, "loss": loss})
+        run_log.close()
+        scalars = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+        assert len({s.step for s in scalars}) == len(scalars)
+        return {s.step: s.value for s in scalars}
+
+    seconds = itertools.count(1_800_000_000)  # files are read in the order of the seconds in their names
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer.time.time", lambda: next(seconds))
+    shown(None, range(6), 1.0)
+    assert shown(3, range(4, 8), 2.0) == dict.fromkeys(range(4), 1.0) | dict.fromkeys(range(4, 8), 2.0)
+    assert shown(None, range(4), 3.0) == dict.fromkeys(range(4), 3.0)
 
 
 @pytest.mark.parametrize("name", log.REPORTERS)
