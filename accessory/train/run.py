@@ -107,7 +107,7 @@ def train(
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
     position |= {"quant": parallel.quant, "optim_states": optimizer_args.optim_states}
     position |= {"calibration_tokens": tokens} if parallel.quant else {}
-    position |= {"model": terms, "validation": held_out}
+    position |= {"model": terms, "validation": held_out, "dp": groups.dp_size()}
     state = state_at(resumed, position, data) if resumed is not None else TrainState()
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:

@@ -182,14 +182,18 @@ def find_start(run: RunArgs, directory: Path) -> Path | None:
 def with_saved_batch(args: loop.LoopArgs, resumed: Path) -> loop.LoopArgs:
     """On another number of data-parallel ranks a run goes on with the batch it had: the same sequences in every step, cut
     into more or fewer micro batches. Flags that ask for another batch are left for `state_at` to refuse."""
-    then = json.loads((resumed / resume.MANIFEST).read_text())["dp"]
-    saved = resume.read_state(resumed)["data"].get("sequences_per_step")
-    now = groups.dp_size()
-    if saved is None or then == now or args.global_batch_size is not None or args.sequences_per_step(now) == saved:
+    then, data = json.loads((resumed / resume.MANIFEST).read_text())["dp"], resume.read_state(resumed)["data"]
+    saved, now = data.get("sequences_per_step"), groups.dp_size()
+    if (
+        saved is None
+        or now == then == data.get("dp", then)
+        or args.global_batch_size is not None
+        or args.sequences_per_step(now) == saved
+    ):
         return args
     count = micro_batches(saved, args.batch_size, now)
     log.say(
-        f"{now} data-parallel rank(s), {then} when it was saved: the same {saved} sequences a step in {count} micro batch(es)",
+        f"{now} data-parallel rank(s), {data.get('dp', then)} when it was begun: the same {saved} sequences a step in {count} micro batch(es)",
         groups.rank(),
     )
     return dataclasses.replace(args, global_batch_size=saved)
@@ -297,6 +301,8 @@ def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
     samples would differ, with the flags among `data` that are not what they were."""
     saved = resume.read_state(path)
     state = TrainState.from_json({k: v for k, v in saved.items() if k in TrainState.__dataclass_fields__})
+    told = json.loads((path / resume.MANIFEST).read_text())
+    position["dp"] = state.data.get("dp", told["dp"])  # the flags of the batch are still meant for as many
     if state.data.get("fingerprint") != position["fingerprint"]:
         raise ValueError(
             f"--resume {path}: the training data changed ({changed_flags(path.parent, data)}): restore it, or start anew in another --output_dir"
@@ -319,7 +325,6 @@ def state_at(path: Path, position: dict[str, Any], data: Any) -> TrainState:
         log.say("the validation data changed: what was best by the earlier one counts no more", groups.rank())
         state.forget_best()
     if position.get("calibration_tokens"):
-        told = json.loads((path / resume.MANIFEST).read_text())
         then, now = f"{told['mp']} x {told['dp']}", f"{groups.mp_size()} x {groups.dp_size()}"
         if then != now:
             log.say(

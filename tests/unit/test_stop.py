@@ -25,7 +25,16 @@ from accessory.model.lora import TuningArgs, partial_grad
 from accessory.parallel import groups
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
-from accessory.train.start import LOCK, RunArgs, changed_flags, claim, find_start, model_terms, state_at
+from accessory.train.start import (
+    LOCK,
+    RunArgs,
+    changed_flags,
+    claim,
+    find_start,
+    model_terms,
+    state_at,
+    with_saved_batch,
+)
 from accessory.train.state import TrainState
 
 NAN = float("nan")
@@ -327,11 +336,12 @@ def saved_position(directory: Path, **other: Any) -> dict[str, Any]:
     """A checkpoint's state in `directory`, after a validation; its position, with what is `other` now."""
     args = ModelArgs.from_dict({"dim": 16, "n_layers": 1, "n_heads": 2, "vocab_size": 11, "rope_theta": 500000.0})
     position = {"fingerprint": "f", "seed": 0, "sequences_per_step": 8, "quant": None, "optim_states": "fp32"}
-    position |= {"model": model_terms(args, TuningArgs(lora_rank=8)), "validation": "v"}
+    position |= {"model": model_terms(args, TuningArgs(lora_rank=8)), "validation": "v", "dp": 1}
     state = TrainState(step=5, best=-2.0, best_step=5, metric="val_loss", ranked=[[-2.0, 5]], stale=1, data=position)
     (directory / "resume").mkdir(exist_ok=True)
     content = state.to_json() | {"format_version": resume.FORMAT_VERSION, "adam_step": 5.0}
     (directory / "resume" / "state.json").write_text(json.dumps(content))
+    (directory / "manifest.json").write_text(json.dumps({"mp": 1, "dp": 2}))
     return position | other
 
 
@@ -385,3 +395,22 @@ def test_prompts_are_an_instruction_or_a_file_that_is_there(tmp_path) -> None:
     for path in (str(tmp_path / "q"), "prompts.txt", "./prompts"):
         with pytest.raises(ValueError, match="--sample_prompts .*: no such file"):
             run.read_prompts(path)
+
+
+def test_the_same_command_goes_on_twice_on_another_number_of_ranks(tmp_path, monkeypatch) -> None:
+    """Begun on one data-parallel rank with 8 sequences a step, saved on two: the flags still mean 8, on two ranks and on four."""
+    position = saved_position(tmp_path)
+    same, other = loop.LoopArgs(batch_size=8), loop.LoopArgs(batch_size=8, global_batch_size=16)
+    for now in (2, 4, 1):
+        monkeypatch.setattr(groups, "dp_size", lambda now=now: now)
+        assert with_saved_batch(same, tmp_path).sequences_per_step(now) == 8
+        assert with_saved_batch(other, tmp_path) is other
+        assert state_at(tmp_path, position | {"dp": now}, None).step == 5
+        carried = position | {"dp": now}
+        state_at(tmp_path, carried, None)
+        assert carried["dp"] == 1
+    state = json.loads((tmp_path / "resume" / "state.json").read_text())
+    state["data"]["dp"] = 2  # begun and saved on two: flags that ask for another batch there are for state_at to refuse
+    (tmp_path / "resume" / "state.json").write_text(json.dumps(state))
+    monkeypatch.setattr(groups, "dp_size", lambda: 2)
+    assert with_saved_batch(same, tmp_path) is same
