@@ -211,6 +211,13 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
         fail(error)
 
 
+def leave_unfinished() -> None:
+    """Ends the process of a run that was stopped by a signal and has saved: not with 0, or what waits for it would take it for
+    finished. Under torchrun the launcher answers for the code, and a rank that fails would be started again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        sys.exit(128 + signal.SIGTERM)
+
+
 def fail(error: BaseException) -> None:
     """Ends this process with the error's one line and exit code 1; under torchrun the launcher prints it, once for all ranks."""
     where = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)

@@ -60,8 +60,10 @@ def main(
 ) -> None:
     if not run.pretrained_path:
         raise ValueError("--pretrained_path is missing: name a directory")
-    train(run, parallel, tuning, data, optimizer_args, loop_args, load, partial(answer, data))
+    finished = train(run, parallel, tuning, data, optimizer_args, loop_args, load, partial(answer, data))
     groups.destroy()
+    if not finished:
+        config.leave_unfinished()
 
 
 if __name__ == "__main__":

@@ -42,8 +42,10 @@ def main(
     optimizer_args: optim.OptimArgs,
     loop_args: loop.LoopArgs,
 ) -> None:
-    train(run, parallel, tuning, data, optimizer_args, loop_args, load, answer)
+    finished = train(run, parallel, tuning, data, optimizer_args, loop_args, load, answer)
     groups.destroy()
+    if not finished:
+        config.leave_unfinished()
 
 
 if __name__ == "__main__":

@@ -59,9 +59,10 @@ def train(
     loop_args: loop.LoopArgs,
     load_data: Callable[[Any, Tokenizer, int], tuple[Any, Any]],
     answer: Answer,
-) -> None:
+) -> bool:
     """The whole run. `load_data(data, tokenizer, seed)` gives (training set, validation set or None), with `fingerprint`
-    and `report`, alike on every rank; `data` also has num_workers. Every rank calls it."""
+    and `report`, alike on every rank; `data` also has num_workers. Every rank calls it. Returns whether nothing is left to
+    do: not where a signal stopped it."""
     groups.init(parallel.model_parallel_size)
     check_flags_agree(run, parallel, tuning, data, optimizer_args, loop_args)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
@@ -101,7 +102,7 @@ def train(
     for line in plan.lines(figures):
         log.say(line, groups.rank())
     if run.dry_run:
-        return
+        return True
 
     tokens = calibration_tokens(parallel, args, loop_args.as_test)
     position = {"fingerprint": train_set.fingerprint, "seed": loop_args.seed, "sequences_per_step": sequences}
@@ -112,7 +113,7 @@ def train(
     state.data = position
     if (ended := over(state, max_steps, loop_args)) is not None:
         log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
-        return
+        return True
 
     clock, calibrate_on = Stopwatch(), None
     if tokens:
@@ -182,8 +183,10 @@ def train(
             f"as_test: one step, validation and a checkpoint went well in {seconds:.0f} s, {memory:.2f} GB at the peak"
         )
         log.say(f"{done}; what it left may be deleted: {directory}", groups.rank())
-        return
-    say_end(state, max_steps, directory, saves_adapter(run, tuning), loop_args.ends_early(state))
+        return True
+    early = loop_args.ends_early(state)
+    say_end(state, max_steps, directory, saves_adapter(run, tuning), early)
+    return state.step >= max_steps or early is not None
 
 
 def saves_adapter(run: RunArgs, tuning: TuningArgs) -> bool:

@@ -2,7 +2,9 @@
 
 import json
 import os
+import signal
 import sys
+import time
 
 from accessory.checkpoint import resume
 from tests.e2e.launches import FINETUNE, Launch, as_flags
@@ -76,3 +78,19 @@ def test_as_test_leaves_the_run_alone_and_then_the_run_keeps_its_best(tmp_path):
     output = command()
     assert "finished: " in output and (run_directory / "metrics.jsonl").read_bytes() == before
     assert "weights loaded" not in output and "weights drawn" not in output  # nothing is loaded to say so
+
+
+def test_a_single_process_that_was_stopped_does_not_end_as_finished(tmp_path):
+    """`main_finetune && merge_lora` would merge half a run; a job that ends with 0 is not started again."""
+    checkpoint, data = write_tiny_checkpoint(tmp_path / "tiny"), write_tiny_data(tmp_path / "data", 24)
+    flags = {"pretrained_path": checkpoint, "data_config": data, "precision": "fp32", "max_seq_len": 256}
+    flags |= {"output_dir": tmp_path / "out", "max_steps": 100000, "save_steps": 5, "save_total_limit": 1}
+    flags |= {"report_to": "none"}
+    launch = Launch([sys.executable, *FINETUNE, *as_flags(flags)], tmp_path / "run.log")
+    deadline = time.monotonic() + 120
+    while not resume.steps(tmp_path / "out") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    launch.process.terminate()
+    done = launch.wait()
+    assert "of 100000, saved; the same command continues" in done.output, done.output
+    assert done.code == 128 + signal.SIGTERM
