@@ -303,5 +303,5 @@ def evaluate(
         sums += torch.stack((loss.double(), count.double(), metrics["correct"].double()))
     loss, count, correct = groups.broadcast_object(groups.all_reduce(sums, groups.dp_group()).tolist())
     model.train(was_training)
-    mean = loss / max(1, count)
-    return {"val_loss": mean, "val_perplexity": math.exp(min(mean, 700)), "val_accuracy": correct / max(1, count)}
+    mean, accuracy = (loss / count, correct / count) if count else (math.nan, math.nan)  # 0 would be the best of all
+    return {"val_loss": mean, "val_perplexity": math.exp(min(mean, 700)), "val_accuracy": accuracy}

@@ -310,6 +310,10 @@ def test_validation_of_a_few_batches():
         found = loop.evaluate(model, objectives.next_token, data, 2, False, most)
         assert abs(found["val_loss"] - expected(count)) < 1e-5
         assert abs(found["val_perplexity"] - math.exp(expected(count))) < 1e-2
+    nothing = loop.evaluate(model, objectives.next_token, [Example(np.zeros(1, np.int32), 0)], 2, False)
+    assert all(math.isnan(value) for value in nothing.values()), (
+        "one block of one token held out: no loss of 0, the best of all"
+    )
 
 
 def test_which_flags_of_the_data_changed(tmp_path) -> None:
