@@ -1,6 +1,6 @@
 """Packaging of `accessory`. `constraints.txt` pins the versions that are tested; the ranges here say what it can work with.
 
-pip install torch==2.13.0                                   first and by itself, CPU or CUDA as you like (any torch >= 2.10)
+pip install torch==2.13.0                                   first and by itself, CPU or CUDA as you like (any torch >= 2.11)
 pip install setuptools                                      fairscale is a source package and builds with the setuptools you have
 pip install --no-build-isolation -c constraints.txt -e ".[hf,gguf,tensorboard]"
 """
@@ -25,7 +25,7 @@ setup(
     packages=find_packages(include=["accessory", "accessory.*"]),
     python_requires=">=3.11",
     install_requires=[
-        "torch>=2.10",
+        "torch>=2.11",
         "fairscale==0.4.13",
         "sentencepiece",
         "numpy",

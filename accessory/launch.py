@@ -36,10 +36,9 @@ def main(argv: list[str]) -> int:
     ]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     received: list[int] = []
-    if hasattr(args, "signals_to_handle"):  # torch 2.10 and later; without it the agent's own 30 s hold
-        args.signals_to_handle = "SIGHUP,SIGQUIT"
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda number, frame: pass_on(number, received))
+    args.signals_to_handle = "SIGHUP,SIGQUIT"
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: pass_on(number, received))
     try:
         run(args)
     except ChildFailedError as error:

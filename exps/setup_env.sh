@@ -6,7 +6,7 @@
 #       -> smoke NAME=VALUE ...   sets variables that the environment does not set
 #
 #   which interpreter:  $python  >  the active virtualenv  >  .venv/ here  >  a python3 that has everything  >  a new .venv/
-#   torch:              one that can be imported and is >= 2.10 is kept (a new .venv/ then sees the system's packages),
+#   torch:              one that can be imported and is >= 2.11 is kept (a new .venv/ then sees the system's packages),
 #                       otherwise torch==2.13.0 goes in first and by itself; pip's own variables choose index and build
 #   done twice?         a stamp in the environment names constraints.txt, setup.py, this file and the interpreter: same, no work
 set -euo pipefail
@@ -29,14 +29,14 @@ smoke() {
 
 setup_version_ok() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
-# The installed torch is >= 2.10 (a pre-release of 2.10 is not, for pip neither). With "import": it can be imported too.
+# The installed torch is >= 2.11 (a pre-release of 2.11 is not, for pip neither). With "import": it can be imported too.
 setup_has_torch() {
   "$1" - "${2:-}" 2>/dev/null <<'PY'
 import re, sys
 from importlib.metadata import version
 
 found = re.match(r"(\d+)\.(\d+)(\.\d+)*(\+|$)", version("torch"))
-assert found and (int(found[1]), int(found[2])) >= (2, 10)
+assert found and (int(found[1]), int(found[2])) >= (2, 11)
 if sys.argv[1]:
     import torch
 PY

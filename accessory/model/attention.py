@@ -133,16 +133,15 @@ def keeps_groups(device: torch.device, dtype: torch.dtype) -> bool:
 
 
 def causal_varlen(varlen_attn: Callable) -> Callable:
-    """Evens out its signatures: torch 2.10 has is_causal; 2.11 a window, in which causal is (-1, 0); 2.12 grouped heads too."""
-    known = inspect.signature(varlen_attn).parameters
-    options = {"window_size": (-1, 0)} if "window_size" in known else {"is_causal": True}
-    if "enable_gqa" in known:
+    """Evens out its signatures: a window, in which causal is (-1, 0); from torch 2.12 on grouped heads too."""
+    causal = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
         return lambda q, k, v, cu, longest: varlen_attn(
-            q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1], **options
+            q, k, v, cu, cu, longest, longest, enable_gqa=q.shape[1] != k.shape[1], **causal
         )
 
     def repeated(q: Tensor, k: Tensor, v: Tensor, cu: Tensor, longest: int) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-        return varlen_attn(q, k, v, cu, cu, longest, longest, **options)
+        return varlen_attn(q, k, v, cu, cu, longest, longest, **causal)
 
     return repeated

@@ -1,5 +1,5 @@
 """The bodies of tests/gpu at tiny sizes on the CPU, and what can be shown here of the paths that only a GPU takes: the varlen
-kernel's three signatures (with a loop in the kernel's place), compiled layers, bf16 and fp16."""
+kernel's two signatures (with a loop in the kernel's place), compiled layers, bf16 and fp16."""
 
 import inspect
 
@@ -22,11 +22,6 @@ def looped(q, k, v, cu, longest_q, longest_k, causal):
     return torch.cat(
         [written_out(q[a:b].float(), k[a:b].float(), v[a:b].float()) for a, b in zip(cu.tolist(), cu.tolist()[1:])]
     ).to(q.dtype)
-
-
-def torch_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    assert query.shape == key.shape
-    return looped(query, key, value, cu_seq_q, max_q, max_k, is_causal)
 
 
 def torch_2_11(
@@ -57,9 +52,9 @@ def torch_2_12(
     return looped(query, key, value, cu_seq_q, max_q, max_k, window_size == (-1, 0))
 
 
-def test_this_torch_has_one_of_the_three_signatures() -> None:
+def test_this_torch_has_one_of_the_two_signatures() -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
-    known = [set(inspect.signature(f).parameters) for f in (torch_2_10, torch_2_11, torch_2_12)]
+    known = [set(inspect.signature(f).parameters) for f in (torch_2_11, torch_2_12)]
     assert set(inspect.signature(varlen.varlen_attn).parameters) - {
         "scale",
         "seqused_k",
@@ -68,7 +63,7 @@ def test_this_torch_has_one_of_the_three_signatures() -> None:
     } in [k - {"scale", "seqused_k", "block_table", "num_splits"} for k in known]
 
 
-@pytest.mark.parametrize("kernel", [torch_2_10, torch_2_11, torch_2_12])
+@pytest.mark.parametrize("kernel", [torch_2_11, torch_2_12])
 @pytest.mark.parametrize("kv_heads", [4, 2])
 def test_packed_attention_through_a_kernel(monkeypatch, kernel, kv_heads: int) -> None:
     calls = []

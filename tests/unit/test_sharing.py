@@ -25,7 +25,7 @@ from accessory.train.objectives import next_token
 from accessory.train.start import materialise
 from accessory.train.state import TrainState
 from tests.gpu.bodies import TINY, packed_attention_is_that_of_each_sequence, random_checkpoint
-from tests.unit.test_device_paths import torch_2_10
+from tests.unit.test_device_paths import torch_2_11
 
 CPU = torch.device("cpu")
 
@@ -129,7 +129,7 @@ CHAINS = [[0, 1, 2], [0, 1, 3], [0, 4], [5, 6]]
 def test_attention_is_that_of_whole_sequences(monkeypatch, dtype: torch.dtype, bound: float, kernel: bool) -> None:
     monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)  # bf16: by blocks, where there is no kernel
     if kernel:
-        monkeypatch.setattr(attention, "_varlen_kernel", lambda device: causal_varlen(torch_2_10))
+        monkeypatch.setattr(attention, "_varlen_kernel", lambda device: causal_varlen(torch_2_11))
     lengths = [b - a for a, b in itertools.pairwise(BOUNDS)]
     packed_attention_is_that_of_each_sequence("cpu", dtype, 4, 2, 16, lengths, bound, AFTER)
 
