@@ -20,9 +20,13 @@ from accessory.parallel import groups, products
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
-# of a chunk on CPU where the weight is frozen, by a number's bytes: nothing is summed up, so as few as the products are fast with
-FROZEN_ROWS = {2: 256, 4: 512}
-BLOCK = {"cpu": 2**19, "cuda": 2**24}  # numbers of a block, in fp32 beside the chunk, logits and probabilities
+# of a chunk where the weight is frozen, by a number's bytes: nothing is summed up, so as few as the products are fast with. On a
+# GPU, not measured: 1024 x 4096 results are as many tiles of 128 x 256 as an H200 computes at once
+FROZEN_ROWS = {"cpu": {2: 256, 4: 512}, "cuda": {2: 1024, 4: 1024}}
+# numbers of a block, in fp32 beside the chunk, logits and probabilities: what caches hold, of an H200 50 MB
+BLOCK = {"cpu": 2**19, "cuda": 2**22}
+PRODUCT_ROWS = 8192  # of a head's gradient in 16 bit that are computed at once, to be added to the sum in fp32,
+WHOLE_PRODUCT = ("cpu",)  # but here all of them
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -84,19 +88,29 @@ class _Chunk:
         self.logits = products.times_t(hidden, self.weight, out=self.memory[: len(hidden)])
         self.inside = (columns >= 0) & (columns < len(self.weight))
         self.columns = columns.masked_fill(~self.inside, 0).unsqueeze(1)
+        self.at_target = -self.inside.float().unsqueeze(1)  # what the gradient has beside the probability
 
     def statistics(self) -> tuple[Tensor, Tensor, Tensor]:
         """Of all ranks' columns, (C,) each: largest logit, log of the sum of exponentials, the target's logit. One rank alone
         leaves the gradient where the logits were, so that no logit is read twice."""
+        mine = self._local()
+        self.mine = mine[1]
+        return mine if groups.mp_size() == 1 else _over_mp(*mine)
+
+    def _local(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The same of this rank's columns; the target's logit is 0 where another has it."""
+        if not self.logits.shape[1]:
+            least = self.wide.new_full((len(self.logits),), -torch.inf)
+            return least, least, torch.zeros_like(least)
+        target_logit = self.logits.gather(1, self.columns).squeeze(1).float().masked_fill_(~self.inside, 0.0)
         found = []
         for rows in self._blocks():
             wide, p = self._softmax(rows)
-            found.append(_local(wide, p, self.columns[rows], self.inside[rows]))
+            found.append((wide.amax(1), p.amax(1)))
             if groups.mp_size() == 1:
                 self._write(rows, p)
-        mine = [torch.cat(parts) for parts in zip(*found)]
-        self.mine = mine[1]
-        return tuple(mine) if groups.mp_size() == 1 else _over_mp(*mine)
+        top, most = (torch.cat(parts) for parts in zip(*found))
+        return top, top - most.log_(), target_logit  # the largest probability is exp(0) / sum
 
     def gradient(self, log_total: Tensor) -> Tensor:
         """Of the summed loss by the logits, (C, V/mp) in their dtype, where they were."""
@@ -117,18 +131,8 @@ class _Chunk:
         return wide, torch.softmax(wide, 1, out=self.softmax[: len(wide)])
 
     def _write(self, rows: slice, probabilities: Tensor) -> None:
-        probabilities.scatter_add_(1, self.columns[rows], -self.inside[rows].float().unsqueeze(1))
+        probabilities.scatter_add_(1, self.columns[rows], self.at_target[rows])
         self.logits[rows] = probabilities
-
-
-def _local(logits: Tensor, probabilities: Tensor, column: Tensor, inside: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Of this rank's columns, (C,) each: largest logit, log of the sum of exponentials, the target's logit or 0."""
-    if not logits.shape[1]:
-        least = logits.new_full((len(logits),), -torch.inf)
-        return least, least, logits.new_zeros(len(logits))
-    top = logits.amax(1)
-    log_total = top - probabilities.amax(1).log()  # the largest probability is exp(0) / sum
-    return top, log_total, logits.gather(1, column).squeeze(1).masked_fill(~inside, 0.0)
 
 
 def _over_mp(top: Tensor, log_total: Tensor, target_logit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -150,6 +154,9 @@ def _with_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, weight
     total, true = total.float(), gradient.shape[1]
     if gradient.dtype == total.dtype:
         total[:true].addmm_(gradient.t(), hidden)
+    elif gradient.device.type not in WHOLE_PRODUCT:
+        for to, columns in zip(total[:true].split(PRODUCT_ROWS), gradient.split(PRODUCT_ROWS, 1)):
+            to += columns.t() @ hidden
     else:
         for to, part in zip(_blocks(total[:true]), _blocks(gradient.t() @ hidden)):
             to += part  # whole, torch would make a copy of it in fp32 first
@@ -173,7 +180,11 @@ def _blocks(matrix: Tensor) -> tuple[Tensor, ...]:
 
 
 def _rows_of_block(matrix: Tensor) -> int:
-    return max(1, BLOCK["cpu" if matrix.device.type == "cpu" else "cuda"] // max(1, matrix.shape[1]))
+    return max(1, BLOCK[_kind(matrix.device)] // max(1, matrix.shape[1]))
+
+
+def _kind(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else "cuda"
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> tuple[Tensor, Tensor]:
@@ -195,7 +206,7 @@ def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
     summed = SUM_BYTES * weight.shape[1] if element_size < 4 else 0
     if weight.requires_grad and element_size * count <= element_size * most + summed:
         most = max(1, count)
-    elif not weight.requires_grad and groups.device().type == "cpu":
-        most = min(most, FROZEN_ROWS[min(element_size, 4)])
+    elif not weight.requires_grad:
+        most = min(most, FROZEN_ROWS[_kind(groups.device())][min(element_size, 4)])
     chunks = max(1, -(-count // most))
     return max(1, -(-count // chunks))

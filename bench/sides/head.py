@@ -2,7 +2,7 @@
 
     hidden (N, D), weight (V, D), labels (N,) with a share of -100  ->  summed loss / supervised, gradients of hidden and weight
 
-settings: way (WAYS), vocab, dtype, rows (N), dim (D), ignored (share), units. The inputs are drawn from one seed, so all ways
+settings: way (WAYS), vocab, dtype, rows (N), dim (D), ignored (share), trained (the weight; else frozen), units. The inputs are drawn from one seed, so all ways
 have the same. `more.extra_mb`: the most memory beyond the inputs and the two gradients that every way must give.
 """
 
@@ -21,7 +21,7 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from accessory.parallel.loss import linear_cross_entropy
 
     groups.ensure()
-    rows = (labels != -100).nonzero().squeeze(1)
+    rows = (labels.cpu() != -100).nonzero().squeeze(1).to(labels.device)  # the model has them from the host
     return linear_cross_entropy(hidden[rows], weight, labels[rows], weight.shape[0])[0]
 
 
@@ -43,7 +43,14 @@ def torch_chunks(**chosen):
 def cut_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     from cut_cross_entropy import linear_cross_entropy
 
-    return linear_cross_entropy(hidden, weight, labels, reduction="sum", impl="torch_compile")
+    impl = "cce" if hidden.is_cuda else "torch_compile"  # its own kernels, which want Triton
+    return linear_cross_entropy(hidden, weight, labels, reduction="sum", impl=impl)
+
+
+def liger(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    return liger_fused_linear_cross_entropy(hidden, weight, labels, ignore_index=-100, reduction="sum")
 
 
 WAYS = {
@@ -53,6 +60,7 @@ WAYS = {
     "torch auto": torch_chunks(),
     "torch 256": torch_chunks(batch_chunk_size=256, chunking_method=None),
     "cut_cross_entropy": cut_cross_entropy,
+    "liger": liger,
 }
 
 
@@ -62,7 +70,8 @@ def inputs(settings: dict, device: str) -> tuple[Tensor, Tensor, Tensor]:
     weight = torch.randn(settings["vocab"], settings["dim"], generator=draw).mul_(settings["dim"] ** -0.5)
     labels = torch.randint(settings["vocab"], (settings["rows"],), generator=draw)
     labels[torch.rand(settings["rows"], generator=draw) < settings["ignored"]] = -100
-    return *(t.to(device, dtype).requires_grad_() for t in (hidden, weight)), labels.to(device)
+    hidden, weight = hidden.to(device, dtype).requires_grad_(), weight.to(device, dtype)
+    return hidden, weight.requires_grad_(settings.get("trained", True)), labels.to(device)
 
 
 def main() -> None:
@@ -78,7 +87,7 @@ def main() -> None:
         losses.append(loss.detach())
 
     timed = measure.timed(step, settings.get("warmup", 1), settings["units"], device)
-    gradients = (hidden.nbytes + weight.nbytes) / 1e6
+    gradients = sum(t.nbytes for t in (hidden, weight) if t.requires_grad) / 1e6
     hidden.grad = weight.grad = None
     extra = max(0.0, timed["peak_mb"] - measure.now_mb(device) - gradients)
     measure.report(loss=losses[:1], tokens=settings["rows"], **timed, more={"extra_mb": extra})

@@ -65,9 +65,11 @@ def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype) -> fl
 def every_case(mp: int) -> float:
     groups.init(mp)
     worst, ordinary = 0.0, (loss.CHUNK_BYTES, loss.BLOCK, loss.SUM_BYTES)
-    loss.SUM_BYTES = 0  # chunks where one would do
+    loss.SUM_BYTES, whole = 0, (loss.PRODUCT_ROWS, loss.WHOLE_PRODUCT)  # chunks where one would do
     sizes = [(1, 2**18), (4 * 101 * 5, 2**18), (4 * 101 * 20, 101 * 3), (ordinary[0], ordinary[1]["cpu"])]
-    for n, (chunk, block), dtype in itertools.product((0, 1, 7, 64), sizes, TOLERANCE):
+    sums = [whole, (16, ())]  # a GPU's way, in parts that do not go into the vocabulary
+    for n, (chunk, block), dtype, added in itertools.product((0, 1, 7, 64), sizes, TOLERANCE, sums):
+        loss.PRODUCT_ROWS, loss.WHOLE_PRODUCT = added
         loss.CHUNK_BYTES = chunk  # of 1 row, of some rows (64 is no multiple), of some in blocks of a few, of all
         loss.BLOCK = {"cpu": block}
         hidden, weight, targets = inputs(n, dtype)
@@ -79,6 +81,7 @@ def every_case(mp: int) -> float:
         if dtype == torch.float32:
             assert found[3] == expected[3], (found[3], expected[3])
     loss.CHUNK_BYTES, loss.BLOCK, loss.SUM_BYTES = ordinary
+    loss.PRODUCT_ROWS, loss.WHOLE_PRODUCT = whole
     return worst
 
 
@@ -101,7 +104,7 @@ def edge_cases() -> None:
     _, h_grad, w_grad, _ = ours(hidden, weight, targets, factor=0.25)
     close(h_grad, expected[1] / 4, torch.float32)
     close(w_grad, expected[2] / 4, torch.float32)
-    usual, loss.FROZEN_ROWS = loss.FROZEN_ROWS, {4: 5}  # three chunks of the twelve
+    usual, loss.FROZEN_ROWS = loss.FROZEN_ROWS, {"cpu": {4: 5}}  # three chunks of the twelve
     frozen_head = ours(hidden, weight, targets, trains=(True, False))
     loss.FROZEN_ROWS = usual
     assert frozen_head[2] is None

@@ -23,7 +23,9 @@ SITE = "import torch\ntorch.backends.cuda.enable_cudnn_sdp(False)\n"  # in every
 
 def wanted(libraries: list[Path]) -> set[str]:
     """The functions of CUDA, cuBLAS and NCCL that torch's libraries leave open."""
-    told = subprocess.run(["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True).stdout
+    told = subprocess.run(
+        ["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True
+    ).stdout
     names = {line.split()[-1].split("@")[0] for line in told.splitlines() if " U " in line}
     return {n for n in names if WANTED.fullmatch(n) and not NOT_OURS.match(n)}
 

@@ -17,6 +17,7 @@ from tests.helpers import tiny_args
 
 SMALL_ROWS = (
     "head_loss_32k_bf16",
+    "head_loss_gpu_128k_frozen",
     "packed_attention",
     "optimizer",
     "loading",
