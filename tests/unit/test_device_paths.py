@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from accessory.data.loader import collate
-from accessory.model import attention
+from accessory.model import ModelArgs, Transformer, attention
 from accessory.model.attention import Segments, causal_varlen
+from accessory.parallel import groups
+from accessory.train import plan
 from accessory.train.loop import to_device
-from tests.gpu import bodies
+from tests.gpu import bodies, stand_in
 from tests.gpu.bodies import LORA, TINY, counting, written_out
 
 DATA = counting([9, 5, 14, 7, 11, 6, 8, 12], TINY["vocab_size"])
@@ -82,6 +84,27 @@ def test_packed_attention_through_a_kernel(monkeypatch, kernel, kv_heads: int) -
         "cpu", torch.bfloat16, 4, kv_heads, 6, [5, 1, 9], bound=2e-2
     )  # nor this head dim
     assert calls == [1]
+
+
+@pytest.mark.parametrize("grouped, kernel", [(False, torch_2_11), (True, torch_2_12)])
+def test_the_plan_knows_what_a_kernel_keeps(monkeypatch, grouped: bool, kernel) -> None:
+    varlen = pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    here = torch.device("cpu")
+    assert not attention.keeps_groups(here, torch.bfloat16)  # no kernel
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda device: causal_varlen(kernel))
+    assert attention.keeps_groups(here, torch.bfloat16) is grouped
+    assert not attention.keeps_groups(here, torch.float32)  # not for the kernel
+    groups.ensure()
+    model = Transformer(ModelArgs.from_dict(TINY))  # 6 heads of 8 on 2
+    whole, less = (plan.activations(model, 100, 2, "none", False, grouped=g) for g in (False, True))
+    assert whole - less == 2 * 100 * 2 * 2 * (48 - 16)  # k and v of each layer, two bytes a number
+
+
+def test_the_stand_in_wants_a_build_with_cuda(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert stand_in.main(["-c", "pass"]) == 1
+    assert "is a build without CUDA" in capsys.readouterr().err
 
 
 def test_packed_attention_without_a_kernel() -> None:
