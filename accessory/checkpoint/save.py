@@ -258,13 +258,14 @@ def _seal(file: Path) -> dict[str, Any]:
 def _readable(failed: BaseException, run: Path, final: Path) -> ValueError:
     """One line: what could not be saved, why, and that nothing is lost."""
     reason = f"{failed}".strip().splitlines()[0] if f"{failed}".strip() else type(failed).__name__
+    begun, untouched = f"--output_dir: saving {final} failed: {reason}", "earlier checkpoints are untouched"
+    if isinstance(failed, ValueError):  # which names its remedy
+        return ValueError(f"{begun}; {untouched}, and the same command continues from them")
     try:
         free = f"{shutil.disk_usage(run).free / 1e6:,.0f} MB free there; "
     except OSError:
         free = ""
-    return ValueError(
-        f"--output_dir: saving {final} failed: {reason}; {free}earlier checkpoints are untouched: make room, then run the same command to continue from them"
-    )
+    return ValueError(f"{begun}; {free}{untouched}: make room, then run the same command to continue from them")
 
 
 def _publish(run: Path, temporary: Path, final: Path, manifest: dict[str, Any]) -> None:

@@ -114,3 +114,12 @@ def test_a_loaded_model_gets_adapters_that_change_nothing_yet_and_learn(path: Pa
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(p.requires_grad == (n in trained) for n, p in model.named_parameters())
+
+
+def test_a_save_that_failed_asks_for_room_only_where_it_helps(tmp_path) -> None:
+    from accessory.checkpoint.save import _readable
+
+    own = str(_readable(ValueError("every lora_b is zero: check --lr"), tmp_path, tmp_path / "step_1"))
+    full = str(_readable(OSError(28, "No space left on device"), tmp_path, tmp_path / "step_1"))
+    assert "check --lr; earlier checkpoints are untouched" in own and "make room" not in own and "MB free" not in own
+    assert "No space left on device" in full and "MB free there" in full and "make room" in full
