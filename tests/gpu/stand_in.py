@@ -16,8 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-WANTED = re.compile(r"(?:__)?(?:cuda|cu(?=[A-Z])|cublas|nccl|nvml)[A-Z]\w*|cu[A-Z]\w*")
-NOT_OURS = re.compile(r"__cuda(?!LaunchKernel)|cublasLogger|ncclConfig")  # kernels register with the real runtime
+WANTED = re.compile(r"(?:cuda|cu|cublas|nccl|nvml)[A-Z]\w*")  # not __cuda..: kernels register with the real runtime
 SITE = "import torch\ntorch.backends.cuda.enable_cudnn_sdp(False)\n"  # in every Python that is started, ranks too
 
 
@@ -27,7 +26,7 @@ def wanted(libraries: list[Path]) -> set[str]:
         ["nm", "-D", "--undefined-only", *libraries], capture_output=True, text=True, check=True
     ).stdout
     names = {line.split()[-1].split("@")[0] for line in told.splitlines() if " U " in line}
-    return {n for n in names if WANTED.fullmatch(n) and not NOT_OURS.match(n)}
+    return {n for n in names if WANTED.fullmatch(n)}
 
 
 def build(directory: Path) -> Path:
