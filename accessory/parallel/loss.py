@@ -22,7 +22,10 @@ CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, s
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
 # of a chunk where the weight is frozen, by a number's bytes: nothing is summed up, so as few as the products are fast with. On a
 # GPU, not measured: 1024 x 4096 results are as many tiles of 128 x 256 as an H200 computes at once
-FROZEN_ROWS = {"cpu": {2: 256, 4: 512}, "cuda": {2: 1024, 4: 1024}}
+FAST_ROWS = {"cpu": {2: 256, 4: 512}, "cuda": {2: 1024, 4: 1024}}
+# chunks that the gradient of a head in 16 bit may be added up from in 16 bit, within the products, which add in fp32: 8 have 1.3
+# times the error of one, 64 would have 2.6 (tests/dist/test_loss.py). On a CPU none: the sum is in fp32
+ROUNDED_CHUNKS = {"cpu": 0, "cuda": 8}
 # numbers of a block, in fp32 beside the chunk, logits and probabilities: what caches hold, of an H200 50 MB
 BLOCK = {"cpu": 2**19, "cuda": 2**22}
 PRODUCT_ROWS = 8192  # of a head's gradient in 16 bit that are computed at once, to be added to the sum in fp32,
@@ -43,7 +46,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
-        weight_grad = torch.zeros_like(weight) if wants_weight and not len(hidden) else None
+        weight_grad = None
+        if wants_weight:
+            summed = _sum_dtype(weight, ctx.weight_dtype) if rows < len(hidden) else weight.dtype
+            weight_grad = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=summed)
         chunk = _Chunk(min(rows, len(hidden)), true, hidden.dtype)
         for first in range(0, len(hidden), rows):
             h, t = hidden[first : first + rows], targets[first : first + rows]
@@ -54,7 +60,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if wants_hidden or wants_weight:
                 gradient = chunk.gradient(log_total)
             if wants_weight:
-                weight_grad = _with_product(weight_grad, gradient, h, weight)
+                _add_product(weight_grad, gradient, h, first == 0)
             if wants_hidden:
                 products.times(gradient, true, out=hidden_grad[first : first + rows])
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -143,24 +149,28 @@ def _over_mp(top: Tensor, log_total: Tensor, target_logit: Tensor) -> tuple[Tens
     return highest, highest + total.log(), target_logit
 
 
-def _with_product(total: Tensor | None, gradient: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
-    """gradient^T (V/mp, C) hidden (C, D), with zeros for the weight's padding, added to the chunks' before: one chunk's is in the
-    weight's dtype, of several the sum in fp32."""
-    if total is None:
-        total = torch.empty_like(weight)
-        torch.mm(gradient.t(), hidden, out=total[: gradient.shape[1]])
+def _sum_dtype(weight: Tensor, own_dtype: torch.dtype) -> torch.dtype:
+    """Of several chunks' gradients: 16 bit not where the weight itself is wider, since its gradient then is."""
+    rounded = weight.dtype == own_dtype and ROUNDED_CHUNKS[_kind(weight.device)] > 0
+    return weight.dtype if rounded else torch.promote_types(weight.dtype, torch.float32)
+
+
+def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -> None:
+    """gradient^T (V/mp, C) hidden (C, D) to `total`, the sum over the chunks before, or the first of them: then with zeros for
+    the weight's padding."""
+    if first:
         total[gradient.shape[1] :] = 0
-        return total
-    total, true = total.float(), gradient.shape[1]
-    if gradient.dtype == total.dtype:
-        total[:true].addmm_(gradient.t(), hidden)
-    elif gradient.device.type not in WHOLE_PRODUCT:
-        for to, columns in zip(total[:true].split(PRODUCT_ROWS), gradient.split(PRODUCT_ROWS, 1)):
-            to += columns.t() @ hidden
-    else:
-        for to, part in zip(_blocks(total[:true]), _blocks(gradient.t() @ hidden)):
-            to += part  # whole, torch would make a copy of it in fp32 first
-    return total
+    total = total[: gradient.shape[1]]
+    if total.dtype == gradient.dtype:
+        torch.addmm(total, gradient.t(), hidden, beta=0 if first else 1, out=total)
+        return
+    whole = total.device.type in WHOLE_PRODUCT
+    rows = max(1, len(total) if whole else PRODUCT_ROWS)
+    for to, columns in zip(total.split(rows), gradient.split(rows, 1)):
+        product = columns.t() @ hidden
+        # a whole one by blocks: torch would make a copy of it in fp32 first
+        for part, added in zip(_blocks(to), _blocks(product)) if whole else [(to, product)]:
+            part.copy_(added) if first else part.add_(added)
 
 
 def _scaled(matrix: Tensor, factor: Tensor, to: Tensor) -> Tensor:
@@ -198,15 +208,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)
 
 
-def rows_of_chunk(weight: Tensor, element_size: int, count: int) -> int:
+def rows_of_chunk(weight: Tensor, element_size: int, count: int, own_size: int | None = None) -> int:
     """How many of `count` tokens' logits exist at a time: as many as CHUNK_BYTES take, or all of them where a trained head's
-    sum over several chunks would want as much memory; chunks of one size, since a small last one is slow."""
-    most = max(1, CHUNK_BYTES // (element_size * weight.shape[0]))
-    # in logits' bytes; fp32 is summed in its product's memory
-    summed = SUM_BYTES * weight.shape[1] if element_size < 4 else 0
-    if weight.requires_grad and element_size * count <= element_size * most + summed:
+    sum over several chunks would want as much memory; chunks of one size, since a small last one is slow. Bytes a number of the
+    logits, and of the weight (its own, unless given)."""
+    kind, own_size = _kind(groups.device()), own_size or weight.element_size()
+    most, fast = max(1, CHUNK_BYTES // (element_size * weight.shape[0])), FAST_ROWS[kind][min(element_size, 4)]
+    summed = SUM_BYTES * weight.shape[1] if element_size < 4 else 0  # as bytes of logits a row; fp32 is summed in place
+    if not weight.requires_grad:
+        most = min(most, fast)
+    elif element_size < 4 and element_size == own_size and ROUNDED_CHUNKS[kind]:
+        most = max(fast, -(-count // ROUNDED_CHUNKS[kind]))
+    elif element_size * count <= element_size * most + summed:
         most = max(1, count)
-    elif not weight.requires_grad:
-        most = min(most, FROZEN_ROWS[_kind(groups.device())][min(element_size, 4)])
+    elif kind == "cuda":
+        most = max(most, fast)
     chunks = max(1, -(-count // most))
     return max(1, -(-count // chunks))

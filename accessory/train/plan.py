@@ -58,7 +58,8 @@ def plan(
     block = sum(p.numel() for p in model.layers[0].parameters())
     root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
     gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
-    if groups.dp_size() == 1 and not parallel.cpu_offload:  # no FSDP: the largest weight that is cast while it is used
+    sharded = groups.dp_size() > 1 or parallel.cpu_offload
+    if not sharded:  # no FSDP: the largest weight that is cast while it is used
         sizes = [(p.numel(), 4) for _, p in trained] + [
             (p.numel(), held.get(n, 4)) for n, p in frozen if n not in packed
         ]
@@ -79,7 +80,7 @@ def plan(
         "widened": wide * tokens * (model.args.dim + model.args.ffn_dim) if wide != compute else 0,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": 0.0,
-        "loss": rows_of_chunk(model.head, wide, tokens) * wide * model.head.shape[0]
+        "loss": rows_of_chunk(model.head, wide, tokens, compute if sharded else 4) * wide * model.head.shape[0]
         + 8 * BLOCK[groups.device().type]
         + (4 * model.head.numel() if model.head.requires_grad else 0),
         "checkpoint": trained_count * (8 if optim_args.optim_states == "bf16" else 12) / dp
