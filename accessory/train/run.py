@@ -41,6 +41,7 @@ from accessory.train.start import (
     open_start,
     open_tokenizer,
     state_at,
+    weights_sample,
     with_saved_batch,
 )
 from accessory.train.state import Stopwatch, TrainState
@@ -90,6 +91,8 @@ def train(
     check_judged(loop_args, val_set)
     terms, held_out = model_terms(args, tuning), val_set.fingerprint if val_set is not None else None
     files = {"the model": terms, "training data": train_set.fingerprint, "validation data": held_out}
+    if groups.world_size() > 1:
+        files["weights"] = weights_sample(checkpoint)
     check_agree(files, "give every rank the same files")
     sequences = loop_args.sequences_per_step(groups.dp_size())
     max_steps = loop_args.total_steps(windows_per_epoch(len(train_set), sequences))

@@ -7,7 +7,9 @@ Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pret
 
 import dataclasses
 import fcntl
+import hashlib
 import json
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +137,18 @@ def check_agree(known: dict[str, Any], remedy: str) -> None:
         for name, value in first.items():
             if theirs[name] != value:
                 raise ValueError(f"rank {rank} has {name} {theirs[name]}, rank 0 {value}: {remedy}")
+
+
+def weights_sample(checkpoint: Any, count: int = 64) -> str:
+    """sha256 over the first rows of up to `count` tensors, in fp32, so that formats do not matter: other weights of the same
+    shape, a merge or a later version, differ in some of them. Reads a row of each, no more."""
+    names = sorted(checkpoint.source.names())
+    digest = hashlib.sha256()
+    for name in random.Random(0).sample(names, min(count, len(names))):
+        row = checkpoint.source.read(name, 0, 0, 1).float()
+        row[row.isnan()] = torch.nan  # the one NaN
+        digest.update(name.encode() + row.contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def claim(directory: Path, make: bool = False) -> None:

@@ -3,10 +3,13 @@
 import contextlib
 import io
 import math
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 
+from accessory.checkpoint.formats import open_checkpoint
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local
 from accessory.train import loop, objectives, start
@@ -14,7 +17,7 @@ from accessory.train import state as train_state
 from accessory.train.state import reseed
 from tests.dist import runs
 from tests.dist.runs import Case
-from tests.helpers import run_ranks
+from tests.helpers import run_ranks, tiny_args, write_tiny_checkpoint
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------
 
@@ -254,8 +257,8 @@ def test_new_adapters_are_the_same_at_every_layout():
 # --- ranks that were not started alike --------------------------------------------------------------------------------
 
 
-def unlike() -> list[str]:
-    """What the ranks say where rank 1 was given other flags, other data, another division; where only paths differ, nothing."""
+def unlike(models: Path) -> list[str]:
+    """What the ranks say where rank 1 was given other flags, data, weights, another division; where only paths differ, nothing."""
     second, said = groups.rank() == 1, []
 
     def says(work, *given) -> None:
@@ -269,11 +272,22 @@ def unlike() -> list[str]:
     says(start.check_flags_agree, loop.LoopArgs(max_steps=5 if second else 3))
     says(start.check_agree, {"training data": "ab" if second else "cd"}, "give every rank the same files")
     start.check_flags_agree(start.RunArgs(pretrained_path="/b" if second else "/a", output_dir="x"), loop.LoopArgs())
-    return said
+    held = {name: start.weights_sample(open_checkpoint(models / name)) for name in ("plain", "shards", "merged")}
+    start.check_agree({"weights": held["shards" if second else "plain"]}, "the numbers are the same")
+    says(start.check_agree, {"weights": held["merged" if second else "plain"]}, "give every rank the same files")
+    assert said[-1].startswith(f"rank 1 has weights {held['merged']}, rank 0 {held['plain']}: give every rank")
+    return said[:-1]
 
 
-def test_ranks_that_were_not_started_alike_are_told_together():
-    assert run_ranks(unlike, world=2) == [
+def test_ranks_that_were_not_started_alike_are_told_together(tmp_path):
+    args = tiny_args()
+    write_tiny_checkpoint(tmp_path / "plain", args)
+    write_tiny_checkpoint(tmp_path / "shards", args, shards=2)
+    weights = torch.load(tmp_path / "plain/consolidated.00.pth", weights_only=True)
+    weights["layers.1.attention.wq.weight"] += 1e-3  # all that a merged adapter may have changed
+    shutil.copytree(tmp_path / "plain", tmp_path / "merged")
+    torch.save(weights, tmp_path / "merged/consolidated.00.pth")
+    assert run_ranks(unlike, tmp_path, world=2) == [
         [
             "--model_parallel_size is not the same on every rank (1, 2): start them alike",
             "rank 1 has --max_steps 5, rank 0 3: start every rank with the same flags",
