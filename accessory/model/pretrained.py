@@ -173,6 +173,10 @@ def quantise(model: Transformer, parallel: ParallelArgs) -> None:
         linear.weight = nn.Parameter(empty, requires_grad=False)
 
 
+def on_host(device: torch.device | str) -> bool:
+    return torch.device(device).type == "cpu"
+
+
 def fill(
     model: Transformer,
     checkpoint: Any,
@@ -200,7 +204,7 @@ def fill(
         linear, storage = packed[name], model.get_parameter(name).dtype
         dim, start, stop = local_range(model.args, name)
         start, stop = (start, stop) if dim == 0 else linear.packed.needed_columns
-        value = source.read(name, dim, start, stop).to(device)
+        value = read(name, dim, start, stop).to(device)
         if calibration is not None:
             return calibration.hold(linear, value)  # it is packed when all of its layer is there
         set_parameter(model, name, pack(value, linear.packed, storage))
@@ -212,15 +216,19 @@ def fill(
         if name in known:
             dim, start, stop = local_range(model.args, name)
             value = read(name, *((dim, start, stop) if dim is not None else ()))
-            value = pad_rows(value, model.get_parameter(name).shape)
+            # sent as it lies in the file: half the bytes where it becomes fp32, which a GPU does better
+            value = pad_rows(value.to(device), model.get_parameter(name).shape)
         else:
-            value = initial_value(model, name, seed)
-        set_parameter(model, name, value.to(device=device, dtype=dtype_of(name) or value.dtype).contiguous())
+            value = initial_value(model, name, seed).to(device)
+        set_parameter(model, name, value.to(dtype_of(name) or value.dtype).contiguous())
 
     def read(name: str, *part: Any) -> torch.Tensor:
-        """A copy, but of what may stay where it is: in no file twice, or two parameters would be one."""
+        """A copy, but of what may stay where it is: in no file twice, or two parameters would be one. For a GPU the file's own
+        pages: to copy them on the host first takes longer than to send them."""
+        if not on_host(device):
+            return getattr(source, "view", source.read)(name, *part)
         wanted, before = dtype_of(name) or source.dtype(name), len(pages)
-        if mapped and torch.device(device).type == "cpu" and wanted == source.dtype(name):
+        if mapped and wanted == source.dtype(name):
             value = getattr(source, "view", source.read)(name, *part)
             pages.add(value.data_ptr())
             if len(pages) > before:

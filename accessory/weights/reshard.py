@@ -14,7 +14,7 @@ On which dim a weight is split stands beside the model (`shard_dim`); three thin
 Test: tests/unit/test_reshard.py
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +25,10 @@ from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.weights import Source, read_into, view
 
 EMBEDDING = "tok_embeddings.weight"
+
+
+def _read(source: Source, *part: Any) -> Tensor:
+    return source.read(*part)
 
 
 class Merged:
@@ -57,10 +61,19 @@ class Merged:
         return tuple(shape)
 
     def read(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._whole(_read, name, dim, start, stop)
+
+    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
+        """Of one file, where that has all of it, as a rank's of so many ranks has; what several files hold together has to be
+        copied."""
+        return self._whole(view, name, dim, start, stop)
+
+    def _whole(self, of_one: Callable[..., Tensor], name: str, dim: int | None, start: int, stop: int | None) -> Tensor:
+        """`of_one` is `_read` or `view`."""
         split_on = self._dim(name)
         if split_on is None or len(self.shards) == 1:
             self._check_copies(name, self.shards)
-            return self.shards[0].read(name, dim, start, stop)
+            return of_one(self.shards[0], name, dim, start, stop)
         if self._repeats[name] > 1:
             self._check_repeats(name)
         shape = list(self.shape(name))
@@ -69,17 +82,12 @@ class Merged:
             assert 0 <= start <= stop <= shape[dim], f"slice [{start}:{stop}) of {name} {shape} on dim {dim}"
             shape[dim] = stop - start
         if dim != split_on:  # whole on the files' dim: a part of every file
-            return self._gather(name, shape, split_on, 0, None, dim, start, stop)
-        return self._gather(name, shape, split_on, start, stop, None, 0, None)
-
-    def view(self, name: str, dim: int | None = None, start: int = 0, stop: int | None = None) -> Tensor:
-        """Of one file; what several files hold together has to be copied."""
-        return (
-            view(self.shards[0], name, dim, start, stop) if len(self.shards) == 1 else self.read(name, dim, start, stop)
-        )
+            return self._gather(of_one, name, shape, split_on, 0, None, dim, start, stop)
+        return self._gather(of_one, name, shape, split_on, start, stop, None, 0, None)
 
     def _gather(
         self,
+        of_one: Callable[..., Tensor],
         name: str,
         shape: list[int],
         split_on: int,
@@ -97,7 +105,7 @@ class Merged:
             if low < high:
                 part = (dim, start, stop) if dim is not None else (split_on, low, high)
                 if at == 0 and high - low == last - first:
-                    return shard.read(name, *part)
+                    return of_one(shard, name, *part)
                 read_into(out.narrow(split_on, at, high - low), shard, name, *part)
                 at += high - low
             offset += size

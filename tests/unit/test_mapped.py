@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from accessory.checkpoint.formats_read import TorchFile
-from accessory.model import Transformer
+from accessory.model import Transformer, pretrained
 from accessory.model.lora import TuningArgs
 from accessory.model.pretrained import build, fill, open_pretrained
 from accessory.weights import TensorSource, read_into, view
@@ -58,7 +58,7 @@ def digests(directory: Path) -> dict[str, str]:
     [
         ("meta", 1, None, ()),
         ("hf", 1, None, ("wq.", "wk.")),  # whose rows are in another order there
-        ("meta", 2, None, ("",)),  # put together
+        ("meta", 2, None, ("tok_", "output.", "attention.", "feed_forward.")),  # put together; norms are whole in each
         ("meta", 1, torch.bfloat16, ("",)),
     ],
 )
@@ -119,6 +119,38 @@ def test_a_run_copies_all(tmp_path: Path) -> None:
     model = build(checkpoint, args, TuningArgs())
     fill(model, checkpoint, lambda name: None)
     assert not in_files(model, directory)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks where memory comes from")
+@pytest.mark.parametrize("kind, shards", [("meta", 1), ("meta", 2), ("hf", 1)])
+def test_a_gpu_is_sent_the_files_own_pages(kind: str, shards: int, tmp_path: Path, monkeypatch) -> None:
+    """As on a GPU, whose `to` is the only copy; here it copies nothing, so parameters lie in the file."""
+    directory = written(tmp_path / "model", kind, shards, torch.bfloat16)
+    truth = Transformer.from_pretrained(directory, dtype=torch.float32, mapped=False)
+    monkeypatch.setattr(pretrained, "on_host", lambda device: False)
+    read, copied = TorchFile.read, []
+    monkeypatch.setattr(TorchFile, "read", lambda self, name, *part: copied.append(name) or read(self, name, *part))
+    for dtype in (torch.bfloat16, torch.float32):
+        checkpoint, args = open_pretrained(directory)
+        model = build(checkpoint, args, TuningArgs())
+        fill(model, checkpoint, lambda name, dtype=dtype: dtype)
+        assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), truth.parameters()))
+        assert all("norm" in name for name in copied)  # of two files: compared
+        assert bool(in_files(model, directory)) == (dtype == torch.bfloat16)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="looks where memory comes from")
+@pytest.mark.parametrize("name, dim", [("layers.0.attention.wq.weight", 0), ("layers.1.feed_forward.w2.weight", 1)])
+def test_a_ranks_part_that_lies_in_one_of_the_files_stays_there(name: str, dim: int, tmp_path: Path) -> None:
+    directory = written(tmp_path / "model", "meta", shards=2)
+    source = open_pretrained(directory)[0].source
+    whole, size = source.read(name), source.shape(name)[dim]
+    holder = torch.nn.Module()
+    for start, stop, stays in [(0, size // 2, True), (size // 2, size, True), (size // 4, size // 4 * 3, False)]:
+        found = view(source, name, dim, start, stop)
+        assert torch.equal(found, whole.narrow(dim, start, stop - start))
+        holder.part = torch.nn.Parameter(found, requires_grad=False)
+        assert bool(in_files(holder, directory)) == stays
 
 
 @pytest.mark.parametrize("part", [(), (0, 1, 4), (1, 2, 3)])
