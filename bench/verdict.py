@@ -36,19 +36,30 @@ def good(rounds: Rounds, side: Side) -> list[Result]:
 
 
 def disagreement(row: Row, rounds: Rounds, side: Side) -> str | None:
-    """Why this side's result is not ours, or None. Held against the first own side of its precision, else the first own."""
-    own = [s for s in row.sides if s.env == OURS and good(rounds, s)]
+    """Why this side's result does not count, or None: a loss that is no number, or not ours. Held against the first own side of its
+    precision whose losses are numbers, else the first such. The sides of a row without goals do different work."""
+    for result in good(rounds, side):
+        if wrong := _not_finite(result):
+            return wrong
+    own = [s for s in row.sides if s.env == OURS and good(rounds, s) and not any(map(_not_finite, good(rounds, s)))]
     reference = next((s for s in own if s.precision == side.precision), own[0] if own else None)
-    if reference is None or reference is side or not good(rounds, side):
+    if reference is None or reference is side or not good(rounds, side) or not row.goals:
         return None
     for ours, theirs in zip(good(rounds, reference), good(rounds, side)):
         a, b = ours["loss"], theirs["loss"]
         if a and not b:
             return "no losses"
         for step, (x, y) in enumerate(zip(a, b)):
-            if not math.isfinite(y) or abs(x - y) > TOLERANCE[side.precision]:
+            if abs(x - y) > TOLERANCE[side.precision]:
                 return f"loss of step {step + 1} is {y:.4f}, {reference.name} has {x:.4f}"
+        if len(a) != len(b):
+            return f"losses of {len(b)} step(s), {reference.name} has {len(a)}"
     return None
+
+
+def _not_finite(result: Result) -> str | None:
+    wrong = (f"loss of step {i + 1} is {x}" for i, x in enumerate(result["loss"]) if not math.isfinite(x))
+    return next(wrong, None)
 
 
 def best(row: Row, rounds: Rounds, peer: str, clock: str) -> Side | None:
@@ -79,6 +90,8 @@ def _judged(row: Row, rounds: Rounds, goal: Goal, clock: str) -> dict[str, Any]:
         each = ratios(rounds, ours, theirs, goal.metric, clock)
     except KeyError as error:
         return entry | {"ratio": None, "met": None, "why": f"{error} was not reported"}
+    except ZeroDivisionError:
+        return entry | {"ratio": None, "met": None, "why": f"{goal.metric} of {theirs.name} is 0"}
     ratio = statistics.median(each)
     return entry | {"ratio": ratio, "each": each, "met": goal.met(ratio)}
 

@@ -81,14 +81,40 @@ def test_another_loss_is_another_result(wrong):
     assert any("fast" in line and "other result" in line for line in verdict.table(row, rounds, "seconds", {}, None))
 
 
+def test_our_own_loss_that_is_no_number_is_no_win():
+    """Nothing is far from a NaN: every peer would agree with it."""
+    row = toy_row(MINE, FAST, goals=[Goal("peer", "speed", at_least=1.0)])
+    rounds = [{"mine": result(1.0, loss=(2.0, math.nan)), "fast": result(2.0)}]
+    assert verdict.judge(row, rounds, "seconds")[0]["met"] is None
+    assert any("mine" in line and "step 2 is nan" in line for line in verdict.table(row, rounds, "seconds", {}, None))
+
+
+def test_a_side_that_tells_fewer_losses_is_not_compared_by_them():
+    row = toy_row(MINE, FAST, goals=[Goal("peer", "speed", at_least=1.0)])
+    rounds = [{"mine": result(1.0), "fast": result(2.0, loss=(2.0,))}]
+    assert verdict.disagreement(row, rounds, FAST) == "losses of 1 step(s), mine has 2"
+
+
+def test_sides_of_a_row_without_goals_are_not_compared():
+    rounds = [{"mine": result(1.0), "fast": result(2.0, loss=(3.0, 2.9))}]
+    assert verdict.disagreement(toy_row(MINE, FAST), rounds, FAST) is None
+
+
+def test_a_figure_of_zero_leaves_its_goal_open_and_the_rest_is_judged():
+    row = toy_row(MINE, FAST, goals=[Goal("peer", "extra", at_most=0.5), Goal("peer", "speed", at_least=1.0)])
+    extra, speed = verdict.judge(row, [{"mine": result(1.0, extra=1.0), "fast": result(2.0, extra=0.0)}], "seconds")
+    assert extra["met"] is None and extra["why"] == "extra of fast is 0" and speed["met"] is True
+
+
 def test_each_precision_is_held_against_its_own():
     half, theirs = Side("mine16", OURS, "x", peer=OURS, precision="bf16"), Side("theirs16", "hf", "x", precision="bf16")
-    row = toy_row(MINE, half, theirs)
+    goals = [Goal("theirs16", "speed", at_least=1.0)]
+    row = toy_row(MINE, half, theirs, goals=goals)
     rounds = [
         {"mine": result(1.0), "mine16": result(1.0, loss=(2.015, 1.9)), "theirs16": result(1.0, loss=(2.03, 1.9))}
     ]
     assert verdict.disagreement(row, rounds, theirs) is None  # 0.015 from ours in bf16, 0.03 from ours in fp32
-    assert verdict.disagreement(toy_row(MINE, theirs), rounds, theirs)
+    assert verdict.disagreement(toy_row(MINE, theirs, goals=goals), rounds, theirs)
 
 
 def test_a_goal_names_sides_that_are_there():
