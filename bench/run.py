@@ -10,6 +10,7 @@ the machine disturb least; more threads compare wall time. What is compared with
 """
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -60,28 +61,47 @@ def run_process(
 ) -> dict[str, Any]:
     """The JSON object that the process printed last, with the seconds it lived; {"error": its last words} where it failed."""
     start = time.perf_counter()
-    process = subprocess.Popen(
-        [str(python), *program], cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    with subprocess.Popen(
+        [str(python), *program], cwd=ROOT, env=env, text=True, errors="replace", stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         start_new_session=True,
-    )  # fmt: skip
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its own session: the compiler's workers go with it
-        process.communicate()
-        return {"error": f"not finished after {timeout:g} s"}
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
+    ) as process:  # fmt: skip
+        try:
+            out, err = process.communicate(timeout=timeout)
+        except BaseException as error:
+            with contextlib.suppress(ProcessLookupError):  # its own session: ranks and workers that it started go too
+                os.killpg(process.pid, signal.SIGKILL)
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise
+            return {"error": f"not finished after {timeout:g} s"}
     if process.returncode:
         said = [line.strip() for line in err.splitlines() if line.strip()]
-        return {"error": said[-1] if said else f"ended with {process.returncode}", "stderr": said[-30:]}
+        return {"error": last_words(process.returncode, said), "stderr": said[-30:]}
     try:
         result = json.loads([line for line in out.splitlines() if line.strip()][-1])
         assert isinstance(result, dict), result
     except (IndexError, ValueError, AssertionError):
         return {"error": "the last line it printed is no JSON object"}
     return result | {"process_seconds": time.perf_counter() - start}
+
+
+def last_words(code: int, said: list[str]) -> str:
+    """Of a process that failed. What it said last is the reason only if it ended itself."""
+    if code >= 0:
+        return said[-1] if said else f"ended with {code}"
+    name = signal.Signals(-code).name
+    return f"ended by {name}" + ": out of memory, perhaps" * (name == "SIGKILL") + f" ({said[-1]})" * bool(said)
+
+
+def unreported(result: dict[str, Any]) -> str | None:
+    """What of a side's result is not there, or not in the form of bench/rows."""
+    for key in ("loss", "seconds", "cpu_seconds", "tokens", "peak_mb", "more"):
+        values = result.get(key)
+        values = list(values.values()) if isinstance(values, dict) and key == "more" else values
+        values = [values] if key in ("tokens", "peak_mb") else values
+        if not isinstance(values, list) or not all(isinstance(x, (int, float)) for x in values):
+            return key
+    timed = result["seconds"] and result["cpu_seconds"] and min(*result["seconds"], *result["cpu_seconds"]) > 0
+    return None if timed and result["tokens"] > 0 else "any timed unit"
 
 
 def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratch: Path) -> dict[str, Any]:
@@ -95,9 +115,8 @@ def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratc
     path.write_text(json.dumps(work))
     program = ROOT / "bench" / "sides" / f"{side.program}.py"
     result = run_process(python, [str(program), str(path)], environment(side.env, threads, scratch))
-    missing = [k for k in ("loss", "tokens", "seconds", "cpu_seconds", "peak_mb", "more") if k not in result]
-    if "error" not in result and (missing or not result["seconds"]):
-        return {"error": f"it did not report {missing[0] if missing else 'any timed unit'}"}
+    if "error" not in result and (missing := unreported(result)):
+        return {"error": f"it did not report {missing}"}
     return result
 
 
@@ -233,5 +252,12 @@ def main() -> int:
     return 0
 
 
+def leave(number: int, frame: Any) -> None:
+    print("\nstopped: this row is not finished, results are as they were", file=sys.stderr)
+    sys.exit(128 + number)
+
+
 if __name__ == "__main__":
+    for asked in (signal.SIGINT, signal.SIGTERM):  # as an exception, so that the side that runs and the scratch go too
+        signal.signal(asked, leave)
     sys.exit(main())

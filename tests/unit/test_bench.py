@@ -3,9 +3,12 @@
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -173,7 +176,81 @@ def test_what_is_no_result_is_an_error():
     assert told("print('hello')")["error"] == "the last line it printed is no JSON object"
     assert told("import sys; sys.exit('first\\nlast words')")["error"] == "last words"
     assert told("print('x'); print('{\"a\": 1}')")["a"] == 1
+    assert told("import sys; sys.stdout.buffer.write(b'\\xff\\n'); print('{\"a\": 1}')")["a"] == 1
+    killed = told("import os, sys; print('a warning', file=sys.stderr); os.kill(os.getpid(), 9)")["error"]
+    assert killed == "ended by SIGKILL: out of memory, perhaps (a warning)"
     assert "0.2 s" in run.run_process(sys.executable, ["-c", "import time; time.sleep(9)"], {}, timeout=0.2)["error"]
+
+
+@pytest.mark.parametrize(
+    "wrong, named",
+    [({"seconds": "fast"}, "seconds"), ({"seconds": [0.0]}, "any timed unit"), ({"tokens": 0}, "any timed unit"),
+     ({"loss": [None]}, "loss"), ({"more": {"a": "b"}}, "more"), ({"peak_mb": None}, "peak_mb")],
+)  # fmt: skip
+def test_a_result_in_another_form_is_an_error(wrong, named):
+    assert run.unreported(result(1.0, extra=2.0)) is None
+    assert run.unreported(result(1.0) | wrong) == named
+
+
+LEFT_BEHIND = """
+    import subprocess, sys, time
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], start_new_session=sys.argv[1] == "far")
+    print(child.pid, flush=True)
+    open(sys.argv[2], "w").write(str(child.pid))
+    time.sleep(60)
+"""
+
+
+def test_what_a_side_started_does_not_hold_up_the_end_of_its_time(tmp_path):
+    """A child in another session is out of reach and has the pipe still open."""
+    program = ["-c", textwrap.dedent(LEFT_BEHIND), "far", str(tmp_path / "pid")]
+    start = time.perf_counter()
+    assert "not finished" in run.run_process(sys.executable, program, {}, timeout=2)["error"]
+    assert time.perf_counter() - start < 20
+    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+
+
+STOPPED = """
+    import runpy, sys
+    from pathlib import Path
+    from bench import rows
+    def prepare(directory, device):
+        from bench import run
+        run.run_process(sys.executable, ["-c", {program!r}, "near", {pid!r}], {{}})
+    found = rows.Row("toy", "a toy", [rows.Side("mine", rows.OURS, "x")], [], prepare)
+    import bench.rows.optimizer
+    bench.rows.optimizer.ROW = found
+    sys.argv = ["run", "toy", "--out", {out!r}]
+    runpy.run_module("bench.run", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_benchmark_takes_everything_with_it(tmp_path, number):
+    pid, out = tmp_path / "pid", tmp_path / "out"
+    code = textwrap.dedent(STOPPED).format(program=textwrap.dedent(LEFT_BEHIND), pid=str(pid), out=str(out))
+    env = os.environ | {"TMPDIR": str(tmp_path)}
+    with subprocess.Popen(
+        [sys.executable, "-c", code], cwd=run.ROOT, env=env, text=True, stderr=subprocess.PIPE
+    ) as process:
+        while not (pid.exists() and pid.read_text()):
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(number)
+        said = process.communicate(timeout=30)[1]
+    assert process.returncode == 128 + number and said.strip().startswith("stopped: ") and "Traceback" not in said
+    deadline = time.monotonic() + 10  # the system takes a moment
+    while alive(int(pid.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(int(pid.read_text())) and not list(tmp_path.glob("bench-*"))
+
+
+def alive(pid: int) -> bool:
+    """A process that only waits to be asked for its code is dead."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -211,8 +288,6 @@ def test_peak_falls_after_a_reset_and_sees_what_is_used():
 
 
 def test_cpu_time_counts_work_and_not_waiting():
-    import time
-
     asleep = measure.timed(lambda: time.sleep(0.05), warmup=0, units=2)
     busy = measure.timed(lambda: sum(range(2_000_000)), warmup=0, units=2)
     assert all(s >= 0.05 and c < 0.03 for s, c in zip(asleep["seconds"], asleep["cpu_seconds"]))
