@@ -219,6 +219,26 @@ def listing(found: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def mistake(given: argparse.Namespace, only: set[str], found: dict[str, Row]) -> str | None:
+    """What of the command line cannot be done: told before anything is run."""
+    if wrong := [n for n in given.rows if n not in found]:
+        return f"{wrong[0]}: no such row; there are {', '.join(found)}"
+    names = dict.fromkeys(n for row in given.rows for s in found[row].sides for n in (s.name, s.peer))
+    if wrong := sorted(only - set(names)):
+        return f"--only {wrong[0]}: no such side or peer; there are {', '.join(names)}"
+    for flag in ("rounds", "threads"):
+        if getattr(given, flag) < 1:
+            return f"--{flag} {getattr(given, flag)}: it must be 1 or more"
+    if given.device == "cuda" and machine()["gpu"] is None:
+        return "--device cuda: torch finds no GPU on this machine"
+    try:
+        given.out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=given.out).close()
+    except OSError as error:
+        return f"--out {given.out}: {error.strerror}"
+    return None
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", nargs="*", metavar="ROW")
@@ -231,13 +251,15 @@ def main() -> int:
     if not given.rows:
         print(listing(found))
         return 0
-    if wrong := [n for n in given.rows if n not in found]:
-        print(f"{wrong[0]}: no such row; there are {', '.join(found)}", file=sys.stderr)
+    only = {name.strip() for name in given.only.split(",") if name.strip()}
+    if wrong := mistake(given, only, found):
+        print(wrong, file=sys.stderr)
         return 2
-    given.out.mkdir(parents=True, exist_ok=True)
-    only = set(filter(None, given.only.split(",")))
     for row in (found[n] for n in given.rows):
         sides = [s for s in row.sides if not only or {s.name, s.peer} & only]
+        if not sides:
+            print(f"{row.name}: passed over: it has none of the sides of --only")
+            continue
         with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
             try:
                 result = run_row(row, sides, given.device, given.threads, given.rounds, Path(scratch))

@@ -344,6 +344,39 @@ def test_an_absent_model_passes_the_row_over(monkeypatch, tmp_path, capsys):
     assert run.main() == 0 and "toy: passed over: nothing here" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "words, said",
+    [("nosuch", "nosuch: no such row; there are toy"), ("toy --only mine,typo", "--only typo: no such side or peer; there are mine"),
+     ("toy --rounds 0", "--rounds 0: it must be 1 or more"), ("toy --threads -1", "--threads -1: it must be 1 or more"),
+     ("toy --out {file}", "--out {file}: File exists"), ("toy --device cuda", "--device cuda: torch finds no GPU on this machine")],
+)  # fmt: skip
+def test_what_cannot_be_done_is_told_before_anything_runs(monkeypatch, tmp_path, capsys, words, said):
+    def prepare(directory, device):
+        raise AssertionError("it was run")
+
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(run, "all_rows", lambda: {"toy": toy_row(MINE, SLOW, prepare=prepare)})
+    monkeypatch.setattr(run, "machine", lambda: {"gpu": None})
+    places = {"file": tmp_path / "file"}
+    monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path / "out"), *words.format(**places).split()])
+    told = run.main(), capsys.readouterr().err.strip()
+    assert told[0] == 2 and told[1].startswith(said.format(**places)) and len(told[1].splitlines()) == 1
+
+
+def test_a_row_without_any_side_of_only_is_passed_over(monkeypatch, tmp_path, capsys):
+    def prepare(directory, device):
+        raise Absent("it was run")
+
+    other = Row("other", "another", [FAST], [], prepare)
+    monkeypatch.setattr(run, "all_rows", lambda: {"toy": toy_row(MINE, prepare=prepare), "other": other})
+    monkeypatch.setattr(sys, "argv", ["run", "toy", "other", "--only", "fast", "--out", str(tmp_path)])
+    assert run.main() == 0
+    assert (
+        "toy: passed over: it has none of the sides of --only\nother: passed over: it was run"
+        in capsys.readouterr().out
+    )
+
+
 def test_a_peers_environment_is_made_of_its_file_and_our_torch(monkeypatch, tmp_path):
     monkeypatch.setenv("BENCH_ENVS", str(tmp_path))
     assert peers.python_of("hf") == tmp_path / "hf" / "bin" / "python"
