@@ -2,6 +2,7 @@
 
     prepare(row) -> round 1: A B C, limits | round 2: A B C, limits | ..     each letter a process of its own, one at a time
                  -> losses agree? -> ratios of neighbours, their medians -> table (stdout), ROW-cpu-2.json, ROW-cpu-2.png
+                    (with --only: ROW-cpu-2-only.json, so that a result of all sides stays)
 
 Without a ROW it lists the rows with their goals. Ours runs in this interpreter, peers in those of `python -m bench.peers`. A side
 that fails is an error row with its last words, and never a win for anybody; so is a peer's in bf16 on a CPU without instructions for
@@ -189,7 +190,8 @@ def _small(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def plot(result: dict[str, Any], path: Path) -> None:
-    """Bars of tokens a second, if matplotlib is there."""
+    """Bars of tokens a second, if matplotlib is there. An earlier run's picture does not stay beside this run's figures."""
+    path.unlink(missing_ok=True)
     try:
         import matplotlib.pyplot as plt
     except ImportError:
@@ -255,6 +257,7 @@ def main() -> int:
     if wrong := mistake(given, only, found):
         print(wrong, file=sys.stderr)
         return 2
+    failed: list[str] = []
     for row in (found[n] for n in given.rows):
         sides = [s for s in row.sides if not only or {s.name, s.peer} & only]
         if not sides:
@@ -266,12 +269,33 @@ def main() -> int:
             except Absent as why:
                 print(f"{row.name}: passed over: {why}")
                 continue
-        name = given.out / f"{row.name}-{given.device}-{given.threads}"
-        Path(f"{name}.json").write_text(json.dumps(result, indent=1))
-        plot(result, Path(f"{name}.png"))
         print(f"\n### {row.name}: {row.what}\n\n" + "\n".join(result["table"]), flush=True)
         print("\nlimits: " + ", ".join(f"{k} {v:,.4g}" for k, v in result["limits"].items() if isinstance(v, float)))
-    return 0
+        name = f"{row.name}-{given.device}-{given.threads}" + "-only" * (len(sides) < len(row.sides))
+        if not any("error" not in told for printed in result["rounds"] for told in printed.values()):
+            failed.append(f"{row.name}: no side finished, nothing is written")
+        else:
+            failed += store(result, given.out / name)
+    if failed:
+        print("\n".join(["", *failed]), file=sys.stderr)
+    return 1 if failed else 0
+
+
+def store(result: dict[str, Any], name: Path) -> list[str]:
+    """name.json, all of it or as it was before, and name.png; why not, in a line."""
+    file, begun, picture = (name.with_name(name.name + end) for end in (".json", ".json.part", ".png"))
+    try:
+        begun.write_text(json.dumps(result, indent=1))
+        begun.replace(file)
+    except OSError as error:
+        begun.unlink(missing_ok=True)
+        return [f"{file}: {error.strerror}: this result is only in the table above"]
+    try:
+        plot(result, picture)
+    except OSError as error:
+        picture.unlink(missing_ok=True)
+        return [f"{picture}: {error.strerror}"]
+    return []
 
 
 def leave(number: int, frame: Any) -> None:

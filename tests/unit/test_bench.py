@@ -377,6 +377,57 @@ def test_a_row_without_any_side_of_only_is_passed_over(monkeypatch, tmp_path, ca
     )
 
 
+@pytest.fixture
+def stored(monkeypatch, tmp_path):
+    """What an earlier run left, and a function that runs the toy row with given results."""
+    (tmp_path / "toy-cpu-2.json").write_text("earlier")
+    (tmp_path / "toy-cpu-2.png").write_text("earlier")
+
+    def start(printed, *words, sides=(MINE, FAST)):
+        row = toy_row(*sides, goals=[Goal("peer", "speed", at_least=1.0)] * (len(sides) > 1))
+        monkeypatch.setattr(run, "all_rows", lambda: {"toy": row})
+        monkeypatch.setattr(run, "run_side", lambda side, *rest: printed[side.name])
+        monkeypatch.setattr(run, "run_limits", lambda *a: {"fp32_gflops": 1.0})
+        monkeypatch.setattr(sys, "argv", ["run", "toy", "--out", str(tmp_path), *words])
+        code = run.main()
+        return code, (tmp_path / "toy-cpu-2.json").read_text()
+
+    return start
+
+
+def test_a_result_takes_the_place_of_the_earlier_one_picture_and_all(stored, tmp_path, monkeypatch):
+    monkeypatch.setitem(
+        sys.modules, "matplotlib", None
+    )  # without it there is no new picture: the old one is not this run's
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
+    code, text = stored({"mine": result(1.0), "fast": result(2.0)})
+    assert code == 0 and json.loads(text)["goals"][0]["ratio"] == 2.0 and not (tmp_path / "toy-cpu-2.png").exists()
+
+
+def test_where_nothing_finished_the_earlier_result_stays(stored, capsys):
+    assert stored({"mine": {"error": "no"}, "fast": {"error": "no"}}) == (1, "earlier")
+    told = capsys.readouterr()
+    assert "toy: no side finished, nothing is written" in told.err and "failed: no" in told.out
+
+
+def test_a_result_of_some_sides_leaves_that_of_all(stored, tmp_path):
+    assert stored({"mine": result(1.0)}, "--only", "mine") == (0, "earlier")
+    assert json.loads((tmp_path / "toy-cpu-2-only.json").read_text())["command"].endswith("--only mine")
+
+
+def test_a_full_disk_costs_neither_the_table_nor_the_earlier_result(stored, monkeypatch, capsys):
+    real = Path.write_text
+
+    def full(self, text):
+        real(self, text[:10])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    assert stored({"mine": result(1.0), "fast": result(2.0)}) == (1, "earlier")
+    told = capsys.readouterr()
+    assert "| mine | 100 |" in told.out and "No space left on device: this result is only in the table" in told.err
+
+
 def test_a_peers_environment_is_made_of_its_file_and_our_torch(monkeypatch, tmp_path):
     monkeypatch.setenv("BENCH_ENVS", str(tmp_path))
     assert peers.python_of("hf") == tmp_path / "hf" / "bin" / "python"
