@@ -10,6 +10,7 @@ A peer that cannot be installed stays absent; its sides are then error rows. Tes
 import argparse
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import venv
@@ -25,8 +26,19 @@ def environments() -> Path:
 
 
 def python_of(peer: str) -> Path:
-    """The peer's interpreter; it is there only once `make` came to its end."""
+    """The peer's interpreter, if it has one: see `lack`."""
     return environments() / peer / "bin" / "python"
+
+
+def lack(peer: str) -> str | None:
+    """Why the peer's environment cannot be used, or None: it is not there, `make` did not come to its end, or its file says
+    something else now."""
+    stamp = environments() / peer / STAMP
+    if not stamp.exists() or not python_of(peer).exists():
+        return f"no environment {peer}: python -m bench.peers {peer}"
+    if stamp.read_text() != wanted(peer):
+        return f"environment {peer} is of another bench/peers/{peer}.txt or torch: python -m bench.peers {peer}"
+    return None
 
 
 def known() -> list[str]:
@@ -47,22 +59,25 @@ def wanted(peer: str) -> str:
 
 
 def make(peer: str) -> Path:
-    """Builds the environment; it counts once the stamp is written, last.
+    """Builds the environment; it counts once the stamp is written, last, and what was begun does not stay.
 
-    Raises subprocess.CalledProcessError with pip's last words on stderr."""
+    Raises OSError and subprocess.CalledProcessError, with pip's last words on stderr."""
     home = environments() / peer
-    stamp = home / STAMP
-    if stamp.exists() and stamp.read_text() == wanted(peer):
+    if lack(peer) is None:
         return python_of(peer)
     if home.exists():
         shutil.rmtree(home)
-    venv.create(home, with_pip=True)
-    pins = home / "constraints.txt"
-    pins.write_text(torch_pin() + "\n")
-    pip = [python_of(peer), "-m", "pip", "--no-input", "install", "--quiet", "--no-cache-dir"]
-    subprocess.run([*pip, torch_pin()], check=True)
-    subprocess.run([*pip, "-c", pins, "-r", PEERS / f"{peer}.txt"], check=True)
-    stamp.write_text(wanted(peer))
+    try:
+        venv.create(home, with_pip=True)
+        pins = home / "constraints.txt"
+        pins.write_text(torch_pin() + "\n")
+        pip = [python_of(peer), "-m", "pip", "--no-input", "install", "--quiet", "--no-cache-dir"]
+        subprocess.run([*pip, torch_pin()], check=True)
+        subprocess.run([*pip, "-c", pins, "-r", PEERS / f"{peer}.txt"], check=True)
+        (home / STAMP).write_text(wanted(peer))
+    except BaseException:  # a signal too
+        shutil.rmtree(home, ignore_errors=True)
+        raise
     return python_of(peer)
 
 
@@ -80,11 +95,15 @@ def main() -> int:
         try:
             make(name)
         except subprocess.CalledProcessError as error:
-            shutil.rmtree(environments() / name, ignore_errors=True)  # half an environment would look like a whole one
             failed.append(name)
             print(f"{name}: pip ended with {error.returncode}, its words are above", file=sys.stderr)
+        except OSError as error:
+            failed.append(name)
+            print(f"{name}: {error.filename}: {error.strerror}", file=sys.stderr)
     return 1 if failed else 0
 
 
 if __name__ == "__main__":
+    for asked in (signal.SIGINT, signal.SIGTERM):  # as an exception: pip goes too, and what it had begun
+        signal.signal(asked, lambda number, frame: sys.exit(128 + number))
     sys.exit(main())

@@ -109,8 +109,8 @@ def run_side(side: Side, data: dict[str, Any], device: str, threads: int, scratc
     python = Path(sys.executable) if side.env == OURS else peers.python_of(side.env)
     if side.env != OURS and side.precision == "bf16" and device == "cpu" and not multiplies_bf16():
         return {"error": "left out: this CPU has no instructions for bf16, a step would take minutes"}
-    if not python.exists():
-        return {"error": f"no environment {side.env}: python -m bench.peers {side.env}"}
+    if side.env != OURS and (lack := peers.lack(side.env)):
+        return {"error": lack}
     work = {"data": data, "settings": side.settings, "device": device, "threads": threads}
     path = scratch / f"{side.name}.json"
     path.write_text(json.dumps(work))

@@ -435,6 +435,33 @@ def test_a_peers_environment_is_made_of_its_file_and_our_torch(monkeypatch, tmp_
     assert "transformers==5.23.0" in peers.wanted("trl") and "trl==" in peers.wanted("trl")
 
 
+def test_an_environment_counts_once_it_is_whole_and_of_this_file(monkeypatch, tmp_path):
+    monkeypatch.setenv("BENCH_ENVS", str(tmp_path))
+    assert peers.lack("hf") == "no environment hf: python -m bench.peers hf"
+    peers.python_of("hf").parent.mkdir(parents=True)
+    peers.python_of("hf").touch()
+    assert peers.lack("hf") == "no environment hf: python -m bench.peers hf"  # pip is at work, or was killed
+    (tmp_path / "hf" / peers.STAMP).write_text(peers.wanted("hf"))
+    assert peers.lack("hf") is None
+    (tmp_path / "hf" / peers.STAMP).write_text(peers.wanted("hf").replace("transformers==", "transformers==4"))
+    assert "another bench/peers/hf.txt" in peers.lack("hf")
+    printed = run.run_side(Side("hf", "hf", "x"), {}, "cpu", 1, tmp_path)
+    assert printed == {"error": peers.lack("hf")}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), SystemExit(143), OSError(28, "No space left on device", "x")])
+def test_an_environment_that_was_begun_does_not_stay(monkeypatch, tmp_path, error):
+    def create(home, with_pip):
+        home.mkdir()
+        raise error
+
+    monkeypatch.setenv("BENCH_ENVS", str(tmp_path))
+    monkeypatch.setattr(peers.venv, "create", create)
+    with pytest.raises(type(error)):
+        peers.make("hf")
+    assert not list(tmp_path.iterdir())
+
+
 def test_peers_get_the_environment_that_was_given() -> None:
     """accessory's own settings, made when it is imported into this process, are no peer's."""
     code = "from pathlib import Path; import bench.run, accessory, os; assert 'THP_MEM_ALLOC_ENABLE' in os.environ; "
