@@ -21,6 +21,8 @@ from accessory.data.blocks import PretrainDataArgs, load_corpus
 from accessory.data.loader import train_windows
 from accessory.data.store import ENDS, FORMAT, META, TOKENS, VERSION
 
+IDS = 2**15  # so many different ones
+
 
 def main(
     *,
@@ -55,6 +57,8 @@ def main(
             if time.perf_counter() - start > 10:
                 break
         seconds = time.perf_counter() - start
+    if not steps:
+        raise ValueError(f"--tokens {tokens}: one step's, which is timed apart: give more")
     print(f"opened, first window after {first * 1000:.1f} ms; {seen / seconds / 1e6:.2f} million tokens/s")
     share = seconds / steps / step_seconds
     print(f"{seconds / steps * 1000:.2f} ms a step of {per_step} x {block_size}: {share:.4%} of {step_seconds:g} s")
@@ -63,7 +67,7 @@ def main(
 def write_store(directory: Path, tokens: int, document: int) -> Path:
     directory.mkdir()
     rng = np.random.default_rng(0)
-    rng.integers(0, 2**15, tokens, np.uint16).tofile(directory / TOKENS)
+    rng.integers(0, IDS, tokens, np.uint16).tofile(directory / TOKENS)
     ends = np.minimum(np.cumsum(rng.integers(1, 2 * document, 2 * tokens // document + 1)), tokens)
     ends = ends[: int(np.searchsorted(ends, tokens)) + 1].astype("<i8")
     ends.tofile(directory / ENDS)
@@ -76,7 +80,7 @@ def write_store(directory: Path, tokens: int, document: int) -> Path:
         "documents": len(ends),
         "files": files,
     }
-    meta |= {"tokenizer": {"fingerprint": "bench"}, "settings": {"blocks": "none"}, "sources": []}
+    meta |= {"tokenizer": {"fingerprint": "bench", "vocab_size": IDS}, "settings": {"blocks": "none"}, "sources": []}
     (directory / META).write_text(json.dumps(meta))
     return directory
 

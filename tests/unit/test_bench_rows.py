@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from accessory.model.attention import Segments, attend
 from accessory.parallel import groups
-from bench import growth, rows, run
+from bench import growth, loader, rows, run
 from bench.sides import adamw_step, grow, head, packed_attention, plain_llama, traffic
 from tests.helpers import tiny_args
 
@@ -139,3 +139,11 @@ def test_curves_take_medians_and_leave_failures_out(tmp_path, monkeypatch, capsy
     growth.main()
     told = capsys.readouterr().out
     assert "| 256 | 50 | 0% | 50 | 40 | 1.25 |" in told and "| 4 | 25 | 50 | 120,000 | 80,000 | 1.5000 |" in told
+
+
+def test_the_loaders_benchmark_reads_its_own_store(capsys):
+    """Blocks want to know of a store what build_corpus writes into it."""
+    loader.main(tokens=20_000, block_size=128, tokens_per_step=512, document=50)
+    assert "million tokens/s" in (told := capsys.readouterr().out) and "ms a step of 4 x 128" in told
+    with pytest.raises(ValueError, match="--tokens 512: one step's"):
+        loader.main(tokens=512, block_size=128, tokens_per_step=512, document=50)
