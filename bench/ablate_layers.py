@@ -63,6 +63,10 @@ def main(
     *, layers: int = 4, tokens: int = 1024, rounds: int = 5, precision: str = "fp32", only: str | None = None
 ) -> None:
     """Prints a line a technique: milliseconds and megabytes on and off, and what on is worth. --only: one row's name."""
+    if precision not in ("fp32", "bf16"):
+        raise ValueError(f"--precision {precision}: fp32 or bf16")
+    if only not in (None, *ROWS):
+        raise ValueError(f"--only {only}: choose one of {', '.join(ROWS)}")
     torch.set_num_threads(1)
     groups.ensure()
     print(f"{layers} layers, {tokens} tokens, {precision}, least of {rounds} rounds; peak memory of one step")
@@ -124,7 +128,7 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return step, lambda: with_other(blocks, "faster", lambda q, longest: False, step)
     if name == "compile":
         return lambda: with_compiled(model, step), step
-    raise ValueError(f"--only {name}: choose one of {', '.join(ROWS)}")
+    raise AssertionError(name)
 
 
 def step_by_step(self: LoRA, x: Tensor, bias: Tensor | None = None) -> Tensor:

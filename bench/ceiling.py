@@ -159,16 +159,24 @@ def table(told: dict[str, float], peers: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
+def named(text: str) -> tuple[str, float]:
+    """NAME=MS"""
+    name, _, ms = text.rpartition("=")
+    try:
+        return name, float(ms)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text}: NAME=MS, such as hf=2198") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("row", choices=("full_ft", "lora", "sft", "sft_fp32"))
-    parser.add_argument("--peer", action="append", default=[], metavar="NAME=MS")
+    parser.add_argument("--peer", type=named, action="append", default=[], metavar="NAME=MS")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     given = parser.parse_args()
-    peers = {name: float(ms) for name, ms in (p.rsplit("=", 1) for p in given.peer)}
     torch.set_num_threads(1)
     dtype = torch.bfloat16 if given.precision == "bf16" else torch.float32
-    print(table(parts(given.row, workload.M, dtype), peers))
+    print(table(parts(given.row, workload.M, dtype), dict(given.peer)))
 
 
 if __name__ == "__main__":

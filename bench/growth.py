@@ -93,8 +93,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("result", type=Path)
     path = parser.parse_args().result
-    result = json.loads(path.read_text())
-    curves, gflops = points(result), result["limits"]["fp32_gflops"]
+    try:
+        result = json.loads(path.read_text())
+        curves, gflops = points(result), result["limits"]["fp32_gflops"]
+    except OSError as error:
+        parser.error(f"{path}: {error.strerror}")
+    except (ValueError, KeyError, TypeError):
+        parser.error(f"{path}: no result of the row growth with its limits")
     print("\n".join(tables(curves, gflops)[1:]))
     picture = path.with_name(f"{path.stem}-curves.png")
     try:

@@ -122,7 +122,10 @@ def step(model: torch.nn.Module, batch) -> tuple[float, float, float]:
 
 
 def main(*, part: str, pretrained_path: str, gsm8k: str, steps: int = 20, seeds: int = 3, rounds: int = 3) -> None:
-    """learn or pace, as above."""
+    """--part learn: main_finetune on GSM8K's training questions, the validation perplexity before and after, for so many --seeds.
+    --part pace: the same examples packed and padded to 512, tokens a second of both; so many --rounds.
+
+    --pretrained_path is a checkpoint with its tokenizer, --gsm8k a directory with train.jsonl and test.jsonl."""
     if part not in ("learn", "pace"):
         raise ValueError(f"--part {part}: learn or pace")
     learn(pretrained_path, gsm8k, steps, seeds) if part == "learn" else pace(pretrained_path, gsm8k, rounds)

@@ -137,10 +137,12 @@ def kill_once(root: Path, number: int, draw: random.Random, counts: Counter) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if given.kills < 1:
+        parser.error(f"--kills {given.kills}: 1 or more")
     draw, counts = random.Random(given.seed), Counter()
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)

@@ -46,7 +46,7 @@ def run(given: argparse.Namespace, data: Path, out: Path, quant: str) -> tuple[l
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pretrained_path", required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=40)
@@ -65,15 +65,17 @@ def main() -> None:
         [sum(losses[i : i + WINDOW]) / len(losses[i : i + WINDOW]) for i in range(0, len(losses), WINDOW)]
         for losses in (exact, nf4)
     ]
-    print(f"steps            exact    nf4      apart   ({given.steps} steps of {given.batch_size}, {given.precision})")
+    print(
+        f"steps              exact    nf4      apart   ({given.steps} steps of {given.batch_size}, {given.precision})"
+    )
     for i, (a, b) in enumerate(zip(*means)):
         print(
-            f"{WINDOW * i + 1:3d} to {min(WINDOW * (i + 1), given.steps):3d}       {a:.4f}   {b:.4f}   {b / a - 1:+.2%}"
+            f"{WINDOW * i + 1:3d} to {min(WINDOW * (i + 1), given.steps):3d}         {a:.4f}   {b:.4f}   {b / a - 1:+.2%}"
         )
     a, b = (sum(losses) / len(losses) for losses in (exact, nf4))
-    print(f"{'all':16s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
+    print(f"{'all':19s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
     for name, a, b in zip(("before", "after"), (exact_val[0], exact_val[-1]), (nf4_val[0], nf4_val[-1])):
-        print(f"validation {name:6s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
+        print(f"validation {name:8s}{a:.4f}   {b:.4f}   {b / a - 1:+.2%}")
     steps = max(abs(b / a - 1) for a, b in zip(exact, nf4))
     print(f"single steps: {steps:.2%} apart at most; memory {exact_gb:.2f} and {nf4_gb:.2f} GB")
 

@@ -7,6 +7,7 @@ One table for each kind of run: the worst relative difference of the loss over t
 of every step are equal, and on the same layout losses, weights and moments are bit-equal. About 10 minutes on two cores.
 """
 
+import argparse
 import tempfile
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ def matrix(kind: str, directory: Path) -> dict[tuple[Layout, Layout], float]:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     for kind in KINDS:
         start = time.perf_counter()
         with tempfile.TemporaryDirectory() as directory:

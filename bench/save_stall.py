@@ -36,7 +36,7 @@ def timed(work) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=14)
     parser.add_argument("--saves", type=int, default=3)
     parser.add_argument("--directory", default=tempfile.gettempdir())

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from accessory.model.attention import Segments, attend
 from accessory.parallel import groups
-from bench import growth, loader, rows, run
+from bench import ablate_layers, ceiling, growth, kill_saves, loader, qlora_curve, resume_matrix, rows, run, save_stall
 from bench.sides import adamw_step, grow, head, packed_attention, plain_llama, traffic
 from tests.helpers import tiny_args
 
@@ -147,3 +147,31 @@ def test_the_loaders_benchmark_reads_its_own_store(capsys):
     assert "million tokens/s" in (told := capsys.readouterr().out) and "ms a step of 4 x 128" in told
     with pytest.raises(ValueError, match="--tokens 512: one step's"):
         loader.main(tokens=512, block_size=128, tokens_per_step=512, document=50)
+
+
+@pytest.mark.parametrize("program", [kill_saves, qlora_curve, resume_matrix, save_stall, ceiling, growth, run])
+def test_help_says_what_a_program_measures_and_runs_nothing(program, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [program.__name__, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 0 and program.__doc__.splitlines()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "program, words, said",
+    [(kill_saves, "--kills 0", "--kills 0: 1 or more"), (ceiling, "sft --peer hf", "hf: NAME=MS, such as"),
+     (ceiling, "sft --peer hf=fast", "hf=fast: NAME=MS, such as"), (growth, "/nosuch.json", "/nosuch.json: No such file"),
+     (growth, str(run.ROOT / "bench" / "results" / "sft-cpu-1.json"), "sft-cpu-1.json: no result of the row growth")],
+)  # fmt: skip
+def test_a_wrong_word_is_told_in_a_line(program, words, said, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [program.__name__, *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2 and said in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_an_ablation_that_there_is_not_is_told_before_any(capsys):
+    for flags in ({"only": "nosuch"}, {"precision": "fp8"}):
+        with pytest.raises(ValueError, match=f"--{next(iter(flags))} "):
+            ablate_layers.main(**flags)
+    assert not capsys.readouterr().out
