@@ -136,8 +136,12 @@ def run_limits(data: dict[str, Any], device: str, threads: int, scratch: Path) -
 
 
 def run_row(row: Row, sides: list[Side], device: str, threads: int, rounds: int, scratch: Path) -> dict[str, Any]:
-    """Everything that was printed, and the verdict, as plain JSON. Raises Absent."""
-    data, clock = row.prepare(scratch, device), "cpu_seconds" if device == "cpu" and threads == 1 else "seconds"
+    """Everything that was printed, and the verdict, as plain JSON. Raises Absent, and OSError where something cannot be written."""
+    try:
+        data = row.prepare(scratch, device)
+    except ValueError as error:  # a user's mistake, as the library tells it: a full disk
+        raise OSError(str(error)) from error
+    clock = "cpu_seconds" if device == "cpu" and threads == 1 else "seconds"
     printed: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     for number in range(rounds):
@@ -268,6 +272,9 @@ def main() -> int:
                 result = run_row(row, sides, given.device, given.threads, given.rounds, Path(scratch))
             except Absent as why:
                 print(f"{row.name}: passed over: {why}")
+                continue
+            except OSError as error:
+                failed.append(f"{row.name}: {error}")
                 continue
         print(f"\n### {row.name}: {row.what}\n\n" + "\n".join(result["table"]), flush=True)
         print("\nlimits: " + ", ".join(f"{k} {v:,.4g}" for k, v in result["limits"].items() if isinstance(v, float)))

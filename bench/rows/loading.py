@@ -29,8 +29,16 @@ def prepare(directory, device: str) -> dict:
 
 
 def run(tool: str, **flags) -> None:
+    """Raises OSError with the tool's last words."""
     words = [sys.executable, str(ROOT / f"tools/{tool}.py"), *(f"--{k}={v}" for k, v in flags.items())]
-    subprocess.run(words, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
+    done = subprocess.run(
+        words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, errors="replace", cwd=ROOT
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines()
+        raise OSError(
+            f"tools/{tool}.py: {said[-1].rpartition('error: ')[2] if said else f'ended with {done.returncode}'}"
+        )
 
 
 WAYS = {"ours": OURS, "ours_one": OURS, "ours_hf": OURS, "plain_torch": OURS, "transformers": "hf"}

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import measure, peers, run, verdict, workload
-from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.rows import OURS, Absent, Goal, Row, Side, loading
 from bench.sides import batches
 
 
@@ -361,6 +361,27 @@ def test_what_cannot_be_done_is_told_before_anything_runs(monkeypatch, tmp_path,
     monkeypatch.setattr(sys, "argv", ["run", "--out", str(tmp_path / "out"), *words.format(**places).split()])
     told = run.main(), capsys.readouterr().err.strip()
     assert told[0] == 2 and told[1].startswith(said.format(**places)) and len(told[1].splitlines()) == 1
+
+
+@pytest.mark.parametrize("error", [ValueError("x: could not be written"), OSError("x: could not be written")])
+def test_a_row_that_cannot_be_prepared_leaves_the_next_one_its_turn(monkeypatch, tmp_path, capsys, error):
+    def prepare(directory, device):
+        raise error
+
+    def absent(directory, device):
+        raise Absent("its turn")
+
+    other = Row("other", "another", [MINE], [], absent)
+    monkeypatch.setattr(run, "all_rows", lambda: {"toy": toy_row(MINE, prepare=prepare), "other": other})
+    monkeypatch.setattr(sys, "argv", ["run", "toy", "other", "--out", str(tmp_path)])
+    assert run.main() == 1
+    told = capsys.readouterr()
+    assert told.err.strip() == "toy: x: could not be written" and "other: passed over: its turn" in told.out
+
+
+def test_a_tool_that_fails_while_a_row_is_prepared_is_heard():
+    with pytest.raises(OSError, match="tools/reshard.py: --src is missing"):
+        loading.run("reshard", dst="/nosuch")
 
 
 def test_a_row_without_any_side_of_only_is_passed_over(monkeypatch, tmp_path, capsys):
