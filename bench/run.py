@@ -185,7 +185,10 @@ def without_places(told: Any, scratch: Path) -> Any:
     """The same JSON with this machine's directories by other names: results are for others to read."""
     text = json.dumps(told)
     for name, place in (("SCRATCH", scratch), ("ENVS", peers.environments()), (".", ROOT), ("HOME", Path.home())):
-        text = text.replace(json.dumps(str(place))[1:-1], name)
+        if place != Path(
+            place.anchor
+        ):  # a home directory of "/", as in containers, is in every path and every quotient
+            text = text.replace(json.dumps(str(place))[1:-1], name)
     return json.loads(text)
 
 

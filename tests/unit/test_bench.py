@@ -398,6 +398,12 @@ def test_a_row_without_any_side_of_only_is_passed_over(monkeypatch, tmp_path, ca
     )
 
 
+def test_a_home_directory_of_a_slash_is_no_name_for_every_slash(monkeypatch):
+    monkeypatch.setenv("HOME", "/")
+    told = run.without_places({"table": "tokens/s", "file": "/scratch/x"}, Path("/scratch"))
+    assert told == {"table": "tokens/s", "file": "SCRATCH/x"}
+
+
 @pytest.fixture
 def stored(monkeypatch, tmp_path):
     """What an earlier run left, and a function that runs the toy row with given results."""
