@@ -141,7 +141,7 @@ def run_row(row: Row, sides: list[Side], device: str, threads: int, rounds: int,
         data = row.prepare(scratch, device)
     except ValueError as error:  # a user's mistake, as the library tells it: a full disk
         raise OSError(str(error)) from error
-    clock = "cpu_seconds" if device == "cpu" and threads == 1 else "seconds"
+    row, clock = row.on(device), "cpu_seconds" if device == "cpu" and threads == 1 else "seconds"
     printed: list[dict[str, Any]] = []
     limits: list[dict[str, Any]] = []
     for number in range(rounds):
@@ -156,7 +156,8 @@ def run_row(row: Row, sides: list[Side], device: str, threads: int, rounds: int,
         limits.append(run_limits(data, device, threads, scratch))
     whole = [x for x in limits if "error" not in x]
     limit = {k: statistics.median(x[k] for x in whole) for k in whole[0]} if whole else limits[0]
-    lines = verdict.table(row, printed, clock, limit, data.get("flops_per_token"))
+    verdict.add_shares(row, printed, clock, limit, data.get("flops_per_token"))
+    lines = verdict.table(row, printed, clock)
     only = "" if len(sides) == len(row.sides) else f" --only {','.join(s.name for s in sides)}"
     told = {
         "row": row.name, "what": row.what, "device": device, "threads": threads, "clock": clock, "machine": machine(),
@@ -225,6 +226,7 @@ def listing(found: dict[str, Row]) -> str:
     lines = []
     for row in found.values():
         lines += [f"{row.name}: {row.what}", *(f"    {goal}" for goal in row.goals)]
+        lines += [f"    on a GPU: {goal}" for goal in row.gpu_goals or []]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import math
 import statistics
 from typing import Any
 
-from bench.rows import OURS, TOLERANCE, Goal, Row, Side
+from bench.rows import ANY, ITSELF, OURS, TOLERANCE, Goal, Row, Side
 
 Result = dict[str, Any]
 Rounds = list[dict[str, Result]]
@@ -64,9 +64,19 @@ def _not_finite(result: Result) -> str | None:
 
 def best(row: Row, rounds: Rounds, peer: str, clock: str) -> Side | None:
     """The fastest side of a peer that finished every round and did the same work."""
-    able = [s for s in row.sides if s.peer == peer and good(rounds, s) and (disagreement(row, rounds, s)) is None]
+    named = [s for s in row.sides if (s.env != OURS if peer == ANY else s.peer == peer)]
+    able = [s for s in named if good(rounds, s) and (disagreement(row, rounds, s)) is None]
     speed = {s.name: statistics.median(value(r, "speed", clock) for r in good(rounds, s)) for s in able}
     return max(able, key=lambda s: speed[s.name], default=None)
+
+
+def add_shares(row: Row, rounds: Rounds, clock: str, limits: dict[str, float], flops: float | None) -> None:
+    """more.of_gemm of every result: the share of the GEMM rate that its arithmetic took."""
+    for side in row.sides:
+        kinds = ("fp32", "bf16") if side.precision == "bf16" else ("fp32",)  # a product of 16 bit may be taken in fp32
+        rate = max(limits.get(f"{kind}_gflops", 0) for kind in kinds)
+        for result in good(rounds, side) if rate and flops else []:
+            result["more"]["of_gemm"] = value(result, "speed", clock) * flops / rate / 1e9
 
 
 def ratios(rounds: Rounds, ours: Side, theirs: Side, metric: str, clock: str) -> list[float]:
@@ -81,13 +91,17 @@ def judge(row: Row, rounds: Rounds, clock: str) -> list[dict[str, Any]]:
 
 
 def _judged(row: Row, rounds: Rounds, goal: Goal, clock: str) -> dict[str, Any]:
-    ours, theirs = best(row, rounds, goal.ours, clock), best(row, rounds, goal.peer, clock)
+    ours = best(row, rounds, goal.ours, clock)
+    theirs = ours if goal.peer == ITSELF else best(row, rounds, goal.peer, clock)
     entry: dict[str, Any] = {"goal": str(goal), "ours": ours and ours.name, "peer": theirs and theirs.name}
     if ours is None or theirs is None:
         missing = goal.ours if ours is None else goal.peer
         return entry | {"ratio": None, "met": None, "why": f"no result of {missing}"}
     try:
-        each = ratios(rounds, ours, theirs, goal.metric, clock)
+        if goal.peer == ITSELF:
+            each = [value(r, goal.metric, clock) for r in good(rounds, ours)]
+        else:
+            each = ratios(rounds, ours, theirs, goal.metric, clock)
     except KeyError as error:
         return entry | {"ratio": None, "met": None, "why": f"{error} was not reported"}
     except ZeroDivisionError:
@@ -96,8 +110,8 @@ def _judged(row: Row, rounds: Rounds, goal: Goal, clock: str) -> dict[str, Any]:
     return entry | {"ratio": ratio, "each": each, "met": goal.met(ratio)}
 
 
-def table(row: Row, rounds: Rounds, clock: str, limits: dict[str, float], flops: float | None) -> list[str]:
-    """The row in Markdown: a line a side with its figures (medians of the rounds), then a line a goal."""
+def table(row: Row, rounds: Rounds, clock: str) -> list[str]:
+    """The row in Markdown, after `add_shares`: a line a side with its figures (medians of the rounds), then a line a goal."""
     unit = "CPU s" if clock == "cpu_seconds" else "s"
     lines = [f"| side | tokens/{unit} | ms a unit ({unit}) | of GEMM | peak MB | loss |", "|---|---|---|---|---|---|"]
     for side in row.sides:
@@ -110,9 +124,8 @@ def table(row: Row, rounds: Rounds, clock: str, limits: dict[str, float], flops:
         speed, seconds, peak = (
             statistics.median(value(r, m, clock) for r in results) for m in ("speed", "seconds", "peak_mb")
         )
-        kinds = ("fp32", "bf16") if side.precision == "bf16" else ("fp32",)  # a product of 16 bit may be taken in fp32
-        rate = max(limits.get(f"{kind}_gflops", 0) for kind in kinds)
-        share = f"{speed * flops / rate / 1e9:.0%}" if rate and flops else ""
+        shares = [r["more"]["of_gemm"] for r in results if "of_gemm" in r["more"]]
+        share = f"{statistics.median(shares):.0%}" if shares else ""
         loss = results[0]["loss"]
         what = disagreement(row, rounds, side)
         said = f"other result: {_cell(what)}" if what else f"{loss[0]:.4f}" if loss else ""
@@ -122,12 +135,15 @@ def table(row: Row, rounds: Rounds, clock: str, limits: dict[str, float], flops:
         if entry["ratio"] is None:
             lines.append(f"| {entry['goal']} | {entry['why']} | | open |")
             continue
-        spread = f"{min(entry['each']):.2f} to {max(entry['each']):.2f}"
-        sides = f"{entry['ours']} / {entry['peer']}"
-        lines.append(
-            f"| {entry['goal']} | {entry['ratio']:.2f} ({sides}) | {spread} | {'met' if entry['met'] else 'missed'} |"
-        )
+        ratio, least, most = (_figure(x) for x in (entry["ratio"], min(entry["each"]), max(entry["each"])))
+        sides = entry["ours"] if entry["peer"] == entry["ours"] else f"{entry['ours']} / {entry['peer']}"
+        met = "met" if entry["met"] else "missed"
+        lines.append(f"| {entry['goal']} | {ratio} ({sides}) | {least} to {most} | {met} |")
     return lines
+
+
+def _figure(x: float) -> str:
+    return f"{x:.2f}" if x < 1000 else f"{x:,.0f}"
 
 
 def _cell(text: str) -> str:

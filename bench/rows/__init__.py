@@ -13,10 +13,14 @@ What a side prints as its last line, one JSON object:
     more         numbers by name; a goal may name one
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable
 
 OURS = "ours"
+ANY, ITSELF = (
+    "any peer",
+    "itself",
+)  # for Goal.peer: the fastest of all that are not ours; no other side, the figure alone
 TOLERANCE = {"fp32": 1e-3, "bf16": 2e-2}  # largest difference of a loss between sides that did the same
 
 
@@ -42,10 +46,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Goal:
-    """ours / peer of a metric: at_least or at_most so much.
+    """ours / peer of a metric: at_least or at_most so much; of ITSELF the metric, not a ratio.
 
-    metric: "speed" (tokens a second), "seconds" (of a unit), "peak_mb", or a name in `more`. Time is CPU time in a run with
-    --threads 1 on the CPU, wall time otherwise. `peer` and `ours` name sides by their `peer`."""
+    metric: "speed" (tokens a second), "seconds" (of a unit), "peak_mb", "of_gemm" (the share of the GEMM rate of the same run),
+    or a name in `more`. Time is CPU time in a run with --threads 1 on the CPU, wall time otherwise. `peer` and `ours` name
+    sides by their `peer`."""
 
     peer: str
     metric: str
@@ -61,7 +66,7 @@ class Goal:
 
     def __str__(self) -> str:
         wants = f">= {self.at_least:g}" if self.at_least is not None else f"<= {self.at_most:g}"
-        return f"{self.ours} / {self.peer}, {self.metric} {wants}"
+        return f"{self.ours}{'' if self.peer == ITSELF else f' / {self.peer}'}, {self.metric} {wants}"
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,14 @@ class Row:
     sides: list[Side]
     goals: list[Goal]
     prepare: Callable[[Any, str], dict[str, Any]]
+    gpu_goals: list[Goal] | None = None  # in the place of the others on a GPU
 
     def __post_init__(self) -> None:
-        groups = {s.peer for s in self.sides}
+        groups = {s.peer for s in self.sides} | {ANY, ITSELF}
         assert len({s.name for s in self.sides}) == len(self.sides), self.name
-        for goal in self.goals:
+        for goal in [*self.goals, *(self.gpu_goals or [])]:
             assert {goal.peer, goal.ours} <= groups, f"{self.name}: {goal}: sides are {sorted(groups)}"
+
+    def on(self, device: str) -> "Row":
+        """With the goals that hold there."""
+        return self if device == "cpu" or self.gpu_goals is None else replace(self, goals=self.gpu_goals)

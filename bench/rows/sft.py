@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import workload
-from bench.rows import Goal, Row, Side
+from bench.rows import ITSELF, Absent, Goal, Row, Side
 from bench.rows.full_ft import hf, own
 
 LENGTHS = [
@@ -22,6 +22,8 @@ LENGTHS = [
     (97, 335), (70, 124), (79, 205), (75, 96), (76, 381),
 ]  # fmt: skip
 WARMUP, UNITS, WINDOWS, BATCH = 1, 2, 2, 8  # units of two steps of eight examples, and one step more
+GPU_TIMES = 4  # a GPU takes so many times the batch
+EPOCH = 7473 * 197  # tokens of GSM8K's training set
 
 
 def timed(every: int = 1) -> list[list[tuple[int, int]]]:
@@ -34,7 +36,7 @@ def timed(every: int = 1) -> list[list[tuple[int, int]]]:
 def prepare(directory: Path, device: str, every: int = 1) -> dict[str, Any]:
     """`every` 2: every second example, steps of half as many, where one takes long."""
     sizes = workload.M if device == "cpu" else workload.LLAMA_7B
-    times = 1 if device == "cpu" else 8  # a GPU takes eight times the batch
+    times = 1 if device == "cpu" else GPU_TIMES
     mean = sum(p + a for p, a in LENGTHS) / len(LENGTHS)
     return {
         "models": workload.model(directory, sizes, device),
@@ -51,6 +53,13 @@ def prepare(directory: Path, device: str, every: int = 1) -> dict[str, Any]:
         ),
         "gemms": workload.gemms(sizes, int(BATCH * mean / every)),
     }
+
+
+def prepare_lora(directory: Path, device: str) -> dict[str, Any]:
+    if device == "cpu":
+        raise Absent("a GPU: --device cuda")
+    data = prepare(directory, device)
+    return data | {"adapter": workload.adapter(directory, data["sizes"], data["models"]["bf16"]), "lr": 1e-4}
 
 
 PADDED = {"pad_to": 512}
@@ -85,9 +94,29 @@ GOALS = [
     Goal("litgpt", "speed", at_least=1.0),
     Goal("torchtune", "speed", at_least=1.0),
 ]
+LORA = [
+    own("ours-bf16", precision="bf16", lora=True, file="bf16"),
+    own("ours-bf16-compile", precision="bf16", lora=True, file="bf16", compile=True),
+    hf("peft-autocast", "autocast", lora=True, file="bf16"),
+    hf("peft-bf16-compile", "bf16", lora=True, file="bf16", compile=True, dynamic=True),
+]
 WHAT = "instruction tuning on GSM8K's lengths, answers only, 58 M parameters"
 ROWS = [
-    Row("sft", f"{WHAT}, 8 examples a step", HALF, GOALS, prepare),
+    Row(
+        "sft",
+        f"{WHAT}, 8 examples a step (a GPU: a 7B, {8 * GPU_TIMES})",
+        HALF,
+        GOALS,
+        prepare,
+        [Goal(ITSELF, "speed", at_least=EPOCH / 110), *GOALS],  # an epoch in 110 s
+    ),
+    Row(
+        "sft_lora_gpu",
+        f"instruction tuning on GSM8K's lengths, answers only, LoRA r16 of a 7B, {8 * GPU_TIMES} examples a step",
+        LORA,
+        [Goal(ITSELF, "speed", at_least=EPOCH / 80), *(Goal(s.peer, "speed", at_least=1.0) for s in LORA[2:])],
+        prepare_lora,
+    ),
     Row(
         "sft_fp32",
         f"{WHAT}, 4 examples a step, for CPUs without instructions for bf16",

@@ -2,7 +2,9 @@
 
 settings: way (WAYS), lengths, heads, kv_heads, head_dim, layers, dtype, units. "block mask" is SDPA
 under a mask made once, outside the timing; "transformers" is its own path for packed rows: the mask made of position_ids,
-for each step (its model makes it once for all layers: settings.layers calls of attention share it, as they share ours).
+for each step (its model makes it once for all layers: settings.layers calls of attention share it, as they share ours). What
+torch has for it on a GPU: "varlen", "flex" (compiled, its mask made once, outside the timing), "one by one" (SDPA, which
+chooses its backend).
 """
 
 import itertools
@@ -67,7 +69,43 @@ def transformers(settings: dict, device: str):
     return prepare, attend
 
 
+def varlen(settings: dict, device: str):
+    from torch.nn.attention.varlen import varlen_attn
+
+    from accessory.model.attention import causal_varlen
+
+    kernel, lengths = causal_varlen(varlen_attn), settings["lengths"]
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return lambda: bounds, lambda q, k, v, b: kernel(q[0], k[0], v[0], b, max(lengths)).unsqueeze(0)
+
+
+def flex(settings: dict, device: str):
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    of, total = documents(settings["lengths"], device), sum(settings["lengths"])
+    mask = create_block_mask(lambda b, h, i, j: (of[i] == of[j]) & (i >= j), None, None, total, total, device=device)
+    compiled, grouped = torch.compile(flex_attention), settings["heads"] != settings["kv_heads"]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, mask) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return compiled(q, k, v, block_mask=mask, enable_gqa=grouped).transpose(1, 2)
+
+    return lambda: mask, attend
+
+
+def one_by_one(settings: dict, device: str):
+    grouped = settings["heads"] != settings["kv_heads"]
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+        parts = zip(*(t.transpose(1, 2).split(lengths, 2) for t in (q, k, v)))
+        found = [F.scaled_dot_product_attention(*part, is_causal=True, enable_gqa=grouped) for part in parts]
+        return torch.cat(found, 2).transpose(1, 2)
+
+    return lambda: settings["lengths"], attend
+
+
 WAYS = {"ours": ours, "block mask": block_mask, "transformers": transformers}
+WAYS |= {"varlen": varlen, "flex": flex, "one by one": one_by_one}
 
 
 def main() -> None:

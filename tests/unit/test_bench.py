@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from bench import measure, peers, run, verdict, workload
-from bench.rows import OURS, Absent, Goal, Row, Side, loading
+from bench.rows import ANY, ITSELF, OURS, Absent, Goal, Row, Side, loading
 from bench.sides import batches
 
 
@@ -72,7 +72,7 @@ def test_a_failing_side_never_wins_and_leaves_the_goal_open():
     assert verdict.judge(row, none, "seconds")[0]["met"] is None
     ours = [{"mine": {"error": "x"}, "slow": result(1.0), "fast": result(1.0)}]
     assert verdict.judge(row, ours, "seconds")[0]["met"] is None
-    assert any("failed: RuntimeError: no" in line for line in verdict.table(row, failed, "seconds", {}, None))
+    assert any("failed: RuntimeError: no" in line for line in verdict.table(row, failed, "seconds"))
 
 
 @pytest.mark.parametrize("wrong", [(2.0, 1.95), (math.nan, 1.9), ()])
@@ -81,7 +81,7 @@ def test_another_loss_is_another_result(wrong):
     rounds = [{"mine": result(1.0), "slow": result(2.0, loss=(2.0009, 1.8995)), "fast": result(0.1, loss=wrong)}]
     assert verdict.disagreement(row, rounds, FAST) and verdict.disagreement(row, rounds, SLOW) is None
     assert verdict.judge(row, rounds, "seconds")[0]["peer"] == "slow"
-    assert any("fast" in line and "other result" in line for line in verdict.table(row, rounds, "seconds", {}, None))
+    assert any("fast" in line and "other result" in line for line in verdict.table(row, rounds, "seconds"))
 
 
 def test_our_own_loss_that_is_no_number_is_no_win():
@@ -89,7 +89,7 @@ def test_our_own_loss_that_is_no_number_is_no_win():
     row = toy_row(MINE, FAST, goals=[Goal("peer", "speed", at_least=1.0)])
     rounds = [{"mine": result(1.0, loss=(2.0, math.nan)), "fast": result(2.0)}]
     assert verdict.judge(row, rounds, "seconds")[0]["met"] is None
-    assert any("mine" in line and "step 2 is nan" in line for line in verdict.table(row, rounds, "seconds", {}, None))
+    assert any("mine" in line and "step 2 is nan" in line for line in verdict.table(row, rounds, "seconds"))
 
 
 def test_a_side_that_tells_fewer_losses_is_not_compared_by_them():
@@ -118,6 +118,49 @@ def test_each_precision_is_held_against_its_own():
     ]
     assert verdict.disagreement(row, rounds, theirs) is None  # 0.015 from ours in bf16, 0.03 from ours in fp32
     assert verdict.disagreement(toy_row(MINE, theirs, goals=goals), rounds, theirs)
+
+
+def test_a_goal_beside_any_peer_is_beside_the_fastest():
+    other = Side("other", "litgpt", "x")
+    row = toy_row(MINE, SLOW, other, goals=[Goal(ANY, "speed", at_least=1.15)])
+    [entry] = verdict.judge(row, [{"mine": result(1.0), "slow": result(4.0), "other": result(1.1)}], "seconds")
+    assert entry["peer"] == "other" and entry["ratio"] == pytest.approx(1.1) and entry["met"] is False
+    [entry] = verdict.judge(row, [{"mine": result(1.0), "slow": {"error": "no"}, "other": {"error": "no"}}], "seconds")
+    assert entry["met"] is None  # nobody finished: no win
+
+
+def test_a_goal_may_be_a_figure_itself():
+    goals = [Goal(ITSELF, "of_gemm", at_least=0.75), Goal(ITSELF, "speed", at_least=1500)]
+    row, rounds = (
+        toy_row(MINE, FAST, goals=goals),
+        [{"mine": result(s, tokens=2000.0), "fast": {"error": "no"}} for s in (1, 2, 4)],
+    )
+    verdict.add_shares(
+        row, rounds, "seconds", {"fp32_gflops": 100.0, "bf16_gflops": 1e9}, 1e8 * 0.8
+    )  # of 16 bit it is none
+    share, speed = verdict.judge(row, rounds, "seconds")
+    assert share["each"] == pytest.approx([1.6, 0.8, 0.4]) and share["met"] is True
+    assert speed["ratio"] == pytest.approx(1000) and speed["met"] is False
+    lines = "\n".join(verdict.table(row, rounds, "seconds"))
+    assert "| ours, of_gemm >= 0.75 | 0.80 (mine) | 0.40 to 1.60 | met |" in lines and "| 80% |" in lines
+    assert "| ours, speed >= 1500 | 1,000 (mine) | 500.00 to 2,000 | missed |" in lines
+    verdict.add_shares(row, rounds, "seconds", {"error": "no limits"}, 1.0)
+    assert verdict.judge(toy_row(MINE, goals=goals[:1]), [{"mine": result(1.0)}], "seconds")[0]["met"] is None
+
+
+def test_a_gpu_has_goals_of_its_own():
+    row = Row(
+        "toy",
+        "a toy",
+        [MINE, FAST],
+        [Goal("peer", "speed", at_least=1.0)],
+        lambda *_: {},
+        [Goal(ANY, "speed", at_least=1.5)],
+    )
+    assert row.on("cpu") is row and [str(g) for g in row.on("cuda").goals] == ["ours / any peer, speed >= 1.5"]
+    assert toy_row(MINE).on("cuda").goals == []
+    told = run.listing(run.all_rows())
+    assert "on a GPU: ours, of_gemm >= 0.75" in told
 
 
 def test_a_goal_names_sides_that_are_there():

@@ -12,15 +12,19 @@ from torch.nn import functional as F
 from accessory.model.attention import Segments, attend
 from accessory.parallel import groups
 from bench import ablate_layers, ceiling, growth, kill_saves, loader, qlora_curve, resume_matrix, rows, run, save_stall
-from bench.sides import adamw_step, grow, head, packed_attention, plain_llama, traffic
-from tests.helpers import tiny_args
+from bench.rows import loading
+from bench.sides import adamw_step, grow, head, linears, load_weights, packed_attention, plain_llama, traffic
+from tests.helpers import tiny_args, write_tiny_checkpoint
 
 SMALL_ROWS = (
     "head_loss_32k_bf16",
     "head_loss_gpu_128k_frozen",
     "packed_attention",
+    "packed_attention_gpu",
+    "linears_gpu",
     "optimizer",
     "loading",
+    "loading_gpu",
     "startup",
     "saving",
     "ranks_mp",
@@ -60,9 +64,32 @@ def test_ways_of_packed_attention_agree():
     q, k, v = (torch.randn(1, 10, h, 8, generator=draw) for h in (4, 2, 2))
     bounds = torch.tensor([0, *itertools.accumulate(settings["lengths"])], dtype=torch.int32)
     expected = attend(q, k, v, Segments(bounds, q.device), None)
-    for way in ("ours", "block mask", "transformers"):
+    for way in ("ours", "block mask", "transformers", "one by one"):  # varlen and flex want a GPU
         prepare, compute = packed_attention.WAYS[way](settings, "cpu")
         torch.testing.assert_close(compute(q, k, v, prepare()), expected, msg=way)
+
+
+def test_parallel_linears_on_one_rank_are_plain_ones():
+    groups.ensure()
+    found = {}
+    for way in ("ours", "plain"):
+        made = linears.layers({"way": way, "dim": 24, "ffn": 40, "dtype": "fp32"}, "cpu")
+        x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        loss = linears.forward(made, x).square().sum()
+        found[way] = (loss, *torch.autograd.grad(loss, (x, *(m.weight for m in made.values()))))
+    assert len(found["ours"]) == 9 and all(torch.equal(a, b) for a, b in zip(found["ours"], found["plain"]))
+
+
+def test_ways_of_loading_weights_find_the_same_numbers(tmp_path):
+    args = tiny_args(tie_word_embeddings=False)
+    write_tiny_checkpoint(tmp_path / "one", args, dtype=torch.bfloat16)
+    loading.run("meta_to_hf", src=tmp_path / "one", dst=tmp_path / "hf")
+    found = []
+    for way in ("ours_one", "ours_hf", "safetensors", "transformers"):
+        loaded = load_weights.WAYS[way]({"one": tmp_path / "one", "hf": tmp_path / "hf"}, "cpu")()
+        names = next(pair for pair in load_weights.COMPARED if pair[0] in loaded)
+        found.append([loaded[name].detach() for name in names])
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other))
 
 
 def test_ways_of_the_optimizer_step_agree():
