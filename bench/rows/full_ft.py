@@ -9,7 +9,7 @@ from bench.rows import ANY, ITSELF, OURS, Goal, Row, Side
 DENSE = {
     "cpu": (4, 256),
     "cuda": (4, 2048),
-}  # sequences, their length; 8 of a 7B do not go into 141 GB without checkpointing
+}  # sequences, their length; 8 of a 7B take 150 GB, by the plan
 
 
 def dense(
