@@ -6,10 +6,8 @@ from typing import Any
 from bench import workload
 from bench.rows import ANY, ITSELF, OURS, Goal, Row, Side
 
-DENSE = {
-    "cpu": (4, 256),
-    "cuda": (4, 2048),
-}  # sequences, their length; 8 of a 7B take 150 GB, by the plan
+# sequences, their length; eight of a 7B would take 150 GB, by the plan
+DENSE = {"cpu": (4, 256), "cuda": (4, 2048)}
 
 
 def dense(
