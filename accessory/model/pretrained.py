@@ -17,7 +17,7 @@ from accessory.model.args import ModelArgs, read_params
 from accessory.model.calibrate import Calibration
 from accessory.model.llama import Transformer, global_shape, local_range, pad_rows, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, initial_value, linears, packed_weights
-from accessory.model.quant import Layout, pack, tables
+from accessory.model.quant import STORAGE, Layout, pack, tables
 from accessory.parallel import groups
 from accessory.parallel.fsdp import DTYPES, ParallelArgs
 
@@ -164,12 +164,11 @@ def quantise(model: Transformer, parallel: ParallelArgs) -> None:
     frozen = [(n, m) for n, m in linears(model) if not m.weight.requires_grad]
     if not frozen:
         raise ValueError(f"--quant {parallel.quant} is for frozen weights, and all are trained: add --lora_rank 8")
-    storage = DTYPES[parallel.precision]
     for name, linear in frozen:
         dim, start, _ = local_range(model.args, f"{name}.weight")
         first = (start, 0) if dim == 0 else (0, start)
         linear.packed = Layout(*linear.weight.shape, *first, *global_shape(model.args, f"{name}.weight"))
-        empty = torch.empty(linear.packed.nbytes // storage.itemsize, dtype=storage, device="meta")
+        empty = torch.empty(linear.packed.nbytes // STORAGE.itemsize, dtype=STORAGE, device="meta")
         linear.weight = nn.Parameter(empty, requires_grad=False)
 
 

@@ -4,12 +4,13 @@
     absmax           less its mean over W, in blocks of 256 along the rows: nearest of 256 levels, times scale  0.5
     mean, scales     fp32                                                                                    0.008
 
-    one flat tensor   [ mean, scales | codes of absmax | codes of W | padding to 4 bytes ]     seen as numbers of `storage`
+    one flat tensor   [ mean, scales | codes of absmax | codes of W | padding to 4 bytes ]     seen as numbers of STORAGE
 
 `pack` makes it of a rank's slice, each weight to its nearest level unless calibrate.py chooses better; `dequantise` gives the
 slice back, `linear` computes x W^T and keeps only the packed bytes for backward. Blocks lie as they do in the whole matrix, and
-mean and scales are the whole's: every mp size holds the very same numbers. `storage` is the compute dtype, because FSDP gathers a parameter of that dtype as it is (one of whole numbers it
-refuses before torch 2.13, any other it casts).
+mean and scales are the whole's: every mp size holds the very same numbers. STORAGE is what FSDP hands on bit for bit: 16 bit it
+copies on a GPU by way of fp32, which leaves one NaN of all that there are (torch's foreach copy, 2.13 too), and whole numbers
+it refuses before torch 2.13.
 
 Shapes: rows, columns of this rank's slice; blocks: those that the slice touches, of one row. Test: tests/unit/test_quant.py,
 tests/dist/test_quant.py.
@@ -29,6 +30,7 @@ from accessory.parallel import groups, products
 BLOCK = 16  # weights that share an absmax (bitsandbytes has 64, or 32 at least)
 GROUP = 256  # absmaxes that share a scale
 AT_ONCE = 2**24  # weights that are packed in one go
+STORAGE = torch.float32
 NF4_LEVELS = (  # quantiles of a normal distribution, scaled to [-1, 1], with a true zero: appendix E of the paper
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,

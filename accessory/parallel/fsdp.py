@@ -6,7 +6,8 @@
 
 The trained parameters are fp32 masters; the policy casts a layer's weights to the compute dtype when it gathers them and
 reduces gradients in fp32. Frozen weights are sharded too. Where there is one dp rank FSDP is left out (but for --cpu_offload):
-the layers cast the weights that they use (layers.linear), the dtype being that of what the embedding gives them.
+the layers cast the weights that they use (layers.linear), the dtype being that of what the embedding gives them. So do layers
+with weights held in NF4, which are gathered as they are: bits that are no numbers must not be cast.
 """
 
 from dataclasses import dataclass
@@ -72,13 +73,14 @@ class ParallelArgs:
 
 
 def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
-    """A function that shards one module over dp: each layer first, the whole model last. Every rank calls it alike."""
+    """A function that shards one module over dp: each layer first, the whole model last; with cast=False its parameters are
+    gathered in their own dtypes. Every rank calls it alike."""
     dtype = DTYPES[precision]
     if (
         groups.dp_size() == 1 and not cpu_offload
     ):  # nothing to gather: FSDP would copy every weight, in and out, to itself
 
-        def alone(module: nn.Module) -> None:
+        def alone(module: nn.Module, cast: bool = True) -> None:
             for inner in module.modules():
                 if isinstance(inner, VocabParallelEmbedding):
                     inner.compute_dtype = dtype  # the layers take that of what they are given
@@ -89,14 +91,18 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
     # cast_forward_inputs=False: its default would cast the fp32 rotary tables, and positions with them, to bf16
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    casts, leaves = (
+        MixedPrecisionPolicy(param_dtype=to, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        for to in (dtype, None)
+    )
     offload = CPUOffloadPolicy() if cpu_offload and groups.device().type == "cuda" else OffloadPolicy()
     mesh = groups.dp_mesh(data_parallel)
 
     # None: layers are freed after their forward; the root is not, backward begins with it
     again = None if data_parallel == "fsdp" else False
 
-    def shard(module: nn.Module) -> None:
+    def shard(module: nn.Module, cast: bool = True) -> None:
+        policy = casts if cast else leaves
         fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
         if groups.device().type == "cpu":
             module.set_custom_all_gather(exchange.AllGather())

@@ -3,7 +3,7 @@
     weights + gradients + moments   exact: counted from the model (NF4 as it is held), cut over mp and dp; once more, without gradients, for the copy
                                     that is written while training goes on (in host memory: not counted on a GPU)
     widened                         a linear's input and output in fp32, where the CPU does not multiply 16 bit (parallel/products.py)
-    gathered layers                 what FSDP puts together at one moment, in the compute dtype; one weight without FSDP
+    gathered layers                 what FSDP puts together at one moment, in the compute dtype, under NF4 as held; one weight without FSDP
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
                                     4 D + (A + 3 F) / mp, selective 2 D + (A + 2 F) / mp, full D; sequence parallel: all / mp
                                     A: q, k, v and attention's result, k and v as wide as q but where a kernel takes groups
@@ -55,15 +55,24 @@ def plan(
     packed = packed_weights(model)
     held = {n: checkpoint.source.dtype(n).itemsize for n in known - packed.keys()}  # bytes a number
     frozen_bytes = sum(p.nbytes if n in packed else p.numel() * held.get(n, 4) for n, p in frozen)
-    block = sum(p.numel() for p in model.layers[0].parameters())
-    root = sum(p.numel() for p in model.parameters()) - block * len(model.layers)
-    gathered = block * 2 + root if parallel.data_parallel == "fsdp" else block * len(model.layers) + root
     sharded = groups.dp_size() > 1 or parallel.cpu_offload
+
+    def whole(name: str, p: torch.nn.Parameter) -> int:
+        """Bytes of a parameter that FSDP has gathered: a layer with packed weights as it is held, all others cast."""
+        if name in packed:
+            return p.nbytes
+        if packed and name.startswith("layers."):
+            return p.numel() * (4 if p.requires_grad else held.get(name, 4))
+        return p.numel() * compute
+
+    block = sum(whole(f"layers.0.{n}", p) for n, p in model.layers[0].named_parameters())
+    root = sum(whole(n, p) for n, p in model.named_parameters() if not n.startswith("layers."))
+    gathered = root + block * (2 if parallel.data_parallel == "fsdp" else len(model.layers))
     if not sharded:  # no FSDP: the largest weight that is cast while it is used
         sizes = [(p.numel(), 4) for _, p in trained] + [
             (p.numel(), held.get(n, 4)) for n, p in frozen if n not in packed
         ]
-        gathered = max((count for count, size in sizes if size != compute), default=0)
+        gathered = max((count * compute for count, size in sizes if size != compute), default=0)
     grouped = attention.keeps_groups(groups.device(), DTYPES[parallel.precision])
     kept = {
         mode: activations(model, tokens, compute, mode, parallel.sequence_parallel, wide, grouped) for mode in SAVED
@@ -76,7 +85,7 @@ def plan(
         "weights": (trained_count * 4 + frozen_bytes) / dp,
         "gradients": 0.0,
         "optimizer": trained_count * BYTES[optim_args.optim_states] / dp,
-        "gathered": gathered * compute,
+        "gathered": gathered,
         "widened": wide * tokens * (model.args.dim + model.args.ffn_dim) if wide != compute else 0,
         "unpacked": UNPACKING * max((m.packed.rows * m.packed.columns for m in packed.values()), default=0),
         "activations": 0.0,

@@ -25,7 +25,7 @@ from accessory.config import flag
 from accessory.data.loader import Batch, micro_batches
 from accessory.model import Transformer
 from accessory.model.args import ModelArgs, read_params, tuning_keys
-from accessory.model.lora import TuningArgs
+from accessory.model.lora import TuningArgs, packed_weights
 from accessory.model.pretrained import fill, open_fresh, open_pretrained
 from accessory.parallel import groups
 from accessory.parallel.fsdp import ParallelArgs, sharder
@@ -282,7 +282,7 @@ def materialise(
         if parallel.compile:
             # not the whole layer: around checkpoint() any graph break would leave all of it uncompiled
             layer.compute = torch.compile(layer.compute)
-        shard(layer)
+        shard(layer, cast=not packed_weights(layer))
 
     dtype_of = lambda name: torch.float32 if name in trains else None  # noqa: E731  masters fp32, the frozen as in the file
     show_progress = groups.rank() == 0

@@ -27,7 +27,15 @@ from accessory.weights.lora import merged
 from tests.dist import runs
 from tests.dist.runs import Case
 from tests.dist.test_parity import same_run
-from tests.helpers import gather_over_mp, gathered, random_weights, run_ranks, tiny_args, write_tiny_checkpoint, write_tiny_data
+from tests.helpers import (
+    gather_over_mp,
+    gathered,
+    random_weights,
+    run_ranks,
+    tiny_args,
+    write_tiny_checkpoint,
+    write_tiny_data,
+)
 
 LAYOUTS = [
     Case(1, 2, "lora", cut=(1, 4), quant="nf4"),
@@ -114,6 +122,39 @@ def test_every_layout_holds_the_same_numbers_and_shares_them_out() -> None:
             assert not wrong, (case, rank, wrong)
             share = 1 if case.data_parallel == "ddp" else case.dp
             assert all(mine <= -(-whole // share) + 4 for mine, whole in held.values()), (case, rank, held)
+
+
+def rounded_copy(to: list[torch.Tensor], given: list[torch.Tensor]) -> None:
+    """torch._foreach_copy_ as it is on a GPU: 16 bit by way of fp32, after which every NaN is the same."""
+    for one, other in zip(to, given):
+        one.copy_(other.float() if other.dtype in (torch.bfloat16, torch.float16) else other)
+
+
+def changed_by_gathering(these: list[Case]) -> list[list[str]]:
+    """Of each case the packed weights that FSDP gathers otherwise than they are, were this a GPU. Collective."""
+    results = []
+    for case in these:
+        run, changed = runs.prepare(case), []
+        kept = {n: bits(gathered(m.weight.detach())) for n, m in packed_weights(run.model).items()}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "_foreach_copy_", rounded_copy)
+            for layer in run.model.layers:
+                layer.unshard()
+            changed = [n for n, m in packed_weights(run.model).items() if not torch.equal(bits(m.weight), kept[n])]
+        results.append(changed)
+    return results
+
+
+def test_what_a_gpu_gathers_is_what_was_packed() -> None:
+    """Some of the bytes are NaN, whatever the dtype that they are held in."""
+    nan = torch.tensor([0x7FC1, 0x7F81, 0x3F80], dtype=torch.int16).view(torch.bfloat16)
+    rounded_copy([copied := torch.empty_like(nan)], [nan])
+    assert (bits(copied) != bits(nan)).any()
+    these = [
+        Case(1, 2, "lora", data_parallel=kind, precision="bf16", cut=(1, 4), quant="nf4") for kind in ("fsdp", "ddp")
+    ]
+    these += [Case(1, 2, "lora", precision="fp16", cut=(1, 4), quant="nf4", lora_targets=("wq",))]
+    assert run_ranks(changed_by_gathering, these, world=2) == [[[], [], []]] * 2
 
 
 # --- rounded by what it does to tokens --------------------------------------------------------------------------------
