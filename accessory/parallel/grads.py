@@ -60,8 +60,8 @@ class GradientRules:
 
 def _squares(parameters: list) -> Tensor:
     gradients = [g for p in parameters if p.grad is not None and (g := local(p.grad)).numel()]
-    if not gradients:
-        return torch.zeros(())
+    if not gradients:  # on the device: from the host a GPU would be waited for
+        return torch.zeros((), device=groups.device())
     return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
 
 

@@ -103,7 +103,11 @@ def test_lora_checkpointed_and_compiled_learns_what_eager_learns(tmp_path, preci
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"tuning": LORA, "compile": True}, {"precision": "fp16"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"tuning": LORA, "compile": True}, {"tuning": {"trainable": ["output"]}}, {"precision": "fp16"}],
+    ids=str,
+)
 def test_steps_wait_for_nothing(tmp_path, options: dict) -> None:
     bodies.steps_wait_for_nothing(tmp_path, "cuda", SMALL, DATA, **options)
 

@@ -115,6 +115,18 @@ def test_a_batch_of_any_kind_reads_nothing_from_its_device(tuning: dict) -> None
 
 
 @pytest.mark.usefixtures("on_meta")
+@pytest.mark.parametrize("trained", ["output", "norm", "layers.0.attention.wq"])
+def test_a_norm_takes_nothing_from_the_host(trained: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor where there are no parameters of a kind: a copy of host memory that is not pinned waits for a GPU."""
+    _, rules = meta_model({"trainable": [trained]}, "none", "fp32", {})
+    moved, to = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *where, **how: moved.append(t.device) or to(t, *where, **how))
+    for p in rules.parameters:
+        p.grad = torch.zeros_like(p)
+    assert rules.global_norm().is_meta and set(moved) == {META}
+
+
+@pytest.mark.usefixtures("on_meta")
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "tuning, packed", [({}, None), (LORA | {"lora_dropout": 0.1}, None), (LORA, "nf4")], ids=["full", "lora", "qlora"]
