@@ -58,7 +58,7 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
 
     `on`: the device, "cpu", "cuda" or "cuda:N"; none: this rank's GPU or the CPU, or that of an earlier call. Raises ValueError
     when the size does not divide the number of processes (fairscale alone would clamp it in silence), or there is no such device."""
-    where = default_device() if on is None else checked(on)
+    where = device() if on is None else checked(on)
     if where.type == "cuda":
         torch.cuda.set_device(where)
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ

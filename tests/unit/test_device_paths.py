@@ -126,6 +126,23 @@ def test_a_batch_on_a_device_keeps_its_bounds_on_the_host(monkeypatch) -> None:
     )
 
 
+def test_a_later_call_stays_on_the_device_of_an_earlier_one(monkeypatch) -> None:
+    """Events are recorded on the current device: on another than the tensors' they say nothing of a copy's end."""
+    groups.init(1, on="cpu")
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    groups.init(1)
+    assert groups.device() == torch.device("cpu") and current == []
+    try:
+        groups.init(1, on="cuda:1")
+        groups.init(1)
+        assert groups.device() == torch.device("cuda:1") and current == [torch.device("cuda:1")] * 2
+    finally:
+        groups.init(1, on="cpu")
+
+
 def test_half_precision_is_that_of_transformers() -> None:
     pytest.importorskip("transformers")
     bodies.logits_and_loss_are_those_of_transformers("cpu", torch.bfloat16, 2e-2, n_kv_heads=2)
