@@ -47,7 +47,7 @@ if [ ! -d "$work/tokenizer" ]; then
 fi
 if [ ! -d "$work/expanded" ]; then
   title "2. The model gets a row for each new token"
-  "$python" tools/expand_vocab.py --src "$pretrained_path" --tokenizer_path "$work/tokenizer" --init "$init" --sample_text "$text" --dst "$work/expanded"
+  "$python" tools/expand_vocab.py --src "$pretrained_path" --tokenizer_path "$work/tokenizer" --init "$init" --sample_text "$text" --field "$field" --dst "$work/expanded"
 fi
 if [ ! -d "$work/corpus" ]; then
   title "3. The text becomes tokens, once"

@@ -33,14 +33,15 @@ def main(
     dtype: str | None = None,
     max_shard_size: str = "5GB",
     sample_text: str | None = None,
+    field: str = "text",
 ) -> None:
     """Old rows stay bit for bit; new ones are --init: normal (N(0, 0.02) from --seed), mean (of the old rows, as Alpaca),
     or pieces (each the mean of the rows of its old tokens, which starts training nearest to the old model).
 
     --tokenizer_path is the new tokenizer, which must keep every id of the old one (--old_tokenizer_path; by default the
     one beside the weights). --src is any whole checkpoint. --format meta writes --mp shards, split on --embedding_dim 0
-    (Llama 3) or 1 (Llama 1, 2, Code Llama), hf a Hugging Face directory. --sample_text names text (files, directories)
-    on which the tokens before and after are counted. --dst must not exist."""
+    (Llama 3) or 1 (Llama 1, 2, Code Llama), hf a Hugging Face directory. --sample_text names text (files, directories;
+    of records the --field) on which the tokens before and after are counted. --dst must not exist."""
     if format not in ("meta", "hf"):
         raise ValueError(f"--format {format}: choose meta or hf")
     split_on, stored = embedding_dim_of(embedding_dim), dtype_of(dtype)
@@ -51,7 +52,7 @@ def main(
     pieces = pieces_of_new(old, new) if init == "pieces" else ()
     source = Expanded(checkpoint.source, old.vocab_size, new.vocab_size, init, seed, pieces)
     params = checkpoint.params | {"vocab_size": source.rows}
-    counts = count_tokens(read_texts(sample_text, show_progress=True), old, new) if sample_text else None
+    counts = count_tokens(read_texts(sample_text, field, show_progress=True), old, new) if sample_text else None
     with new_directory(dst) as directory:
         if format == "meta":
             write_meta(directory, source, params, new.path, stored, mp, split_on, show_progress=True)

@@ -204,6 +204,16 @@ def test_the_grown_model_says_of_old_tokens_what_it_said(grown: Path, tmp_path: 
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["vocab_size"] == new.vocab_size
 
 
+def test_tokens_are_counted_in_the_field_that_is_named(grown: Path, tmp_path: Path, capsys) -> None:
+    text = "Le chat dort. La chatte boit le lait."
+    (tmp_path / "sample.jsonl").write_text(json.dumps({"content": text}) + "\n")
+    src = write_tiny_checkpoint(tmp_path / "src", tiny_args(vocab_size=OLD))
+    flags = {"src": str(src), "tokenizer_path": str(grown), "sample_text": str(tmp_path / "sample.jsonl")}
+    expand_vocab.main(**flags, dst=str(tmp_path / "dst"), field="content")
+    counts = [len(t.encode(text)) for t in (Tokenizer.open(src), Tokenizer.open(grown))]
+    assert f"{counts[0]} tokens before, {counts[1]} after" in capsys.readouterr().out
+
+
 def test_spare_rows_and_a_tied_embedding(grown: Path, tmp_path: Path, capsys) -> None:
     args = tiny_args(vocab_size=2 * OLD, tie_word_embeddings=True)
     src = write_tiny_checkpoint(tmp_path / "src", args)
