@@ -22,6 +22,7 @@ from ..tokenizer import Tokenizer
 ANSWERS = ("assistant", "text")
 TRAIN_ON = ("all", "last", "flagged", "text", "pads")
 TOKENIZE = ("joint", "separate")
+LONG, APART = 1024, 64  # characters: of a text that no piece tokenises again; of what keeps two pieces apart
 
 
 class Message(NamedTuple):
@@ -122,12 +123,8 @@ class Encoder:
     def runs(self, pieces: Sequence[Piece], apart: Collection[int], tokenize: str) -> list[Run]:
         """`apart`: the messages whose tokens must be wholly theirs: the answers, and what else is learnt."""
         runs: list[Run] = []
-        text, head, before, anew = (
-            "",
-            [],
-            None,
-            True,
-        )  # the text since the last id or cut, its ids; what comes before it
+        # the text since the last id or cut, and its ids; what comes before it; its last piece, whose ids are the last run's
+        text, head, before, anew, last = "", [], None, True, ""
         for piece, after in self._merged(pieces, apart):
             key = (piece.message, piece.end)
             if isinstance(piece.content, int):
@@ -138,13 +135,20 @@ class Encoder:
             changed = bool(runs) and runs[-1].message != piece.message
             if piece.cut or tokenize == "separate" and changed and text:
                 text, head, anew = "", [], True
+            elif len(text) > LONG and self._stands_alone(last, runs[-1].ids):
+                text, head, anew = last, runs[-1].ids, False
             encode = self.tokenizer.encode if anew else self.tokenizer.encode_continuation
             ids = encode(text + content)
             if ids[: len(head)] != head:
                 ids = head + self.tokenizer.encode_continuation(content)
             runs.append(Run(ids[len(head) :], *key))
-            text, head = text + content, ids
+            text, head, last = text + content, ids, content
         return runs
+
+    def _stands_alone(self, text: str, ids: list[int]) -> bool:
+        """Whether what is before a text of these ids is of no account to it, and so to what follows: then a dialog without
+        special tokens between its turns takes time as it is long, not as its square."""
+        return len(text.strip()) > APART and self.tokenizer.encode_continuation(text) == ids
 
     def _merged(self, pieces: Sequence[Piece], apart: Collection[int]) -> list[tuple[Piece, int | None]]:
         """Neighbouring texts that need no bound between them as one piece; each with the id that follows it."""

@@ -237,6 +237,20 @@ def test_an_answer_is_not_cut_inside_a_character(tokenizer: Tokenizer) -> None:
         assert text == "🙂" * len(text) and text and found.ids[-1] == tokenizer.eos_id and len(found.ids) <= limit
 
 
+def test_a_dialog_without_special_tokens_takes_time_as_it_is_long(tokenizer: Tokenizer, monkeypatch) -> None:
+    """Its ids are those of the whole text; of each turn only the neighbourhood is tokenised again."""
+    rng = random.Random(0)
+    texts = ["".join(rng.choice(POOL) for _ in range(60)) for _ in range(80)]
+    once = encode(tokenizer, "accessory", talk(*texts))
+    monkeypatch.setattr("accessory.data.dialog.LONG", 10**9)
+    assert encode(tokenizer, "accessory", talk(*texts)) == once
+    monkeypatch.undo()
+    done, real = [], tokenizer._ids
+    monkeypatch.setattr(tokenizer, "_ids", lambda text: done.append(len(text)) or real(text))
+    encode(tokenizer, "accessory", talk(*texts))
+    assert sum(done) < 25 * sum(map(len, texts))  # 67 times, where every turn begins at the first
+
+
 @pytest.mark.parametrize("on_long", ["drop", "error"])
 def test_other_ways_with_long_dialogs(tokenizer: Tokenizer, on_long: str) -> None:
     if on_long == "drop":
