@@ -148,7 +148,10 @@ class Encoder:
         """The ids of a text of any length; not `first`: as it goes on after earlier text."""
         data, parts = text.encode(), []
         while data:
-            place = cut(data[: self.piece], self.joins) if len(data) > self.piece else len(data)
+            place, size = None, self.piece
+            while place is None and size < len(data):
+                place, size = cut(data[:size], self.joins), 2 * size
+            place = place or len(data)
             parts.append(data[:place].decode())
             data = data[place:]
         if not self.tokenizer._adds_space:  # a text goes on as it begins

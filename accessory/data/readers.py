@@ -19,7 +19,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -269,23 +269,38 @@ def pieces(head: bytes, stream: BinaryIO, options: Options) -> Iterator[bytes]:
             yield buffer
             return
         if len(buffer) >= options.unit_bytes:
-            place = cut(buffer, options.joins)
+            place = cut(buffer, options.joins) or last_character(buffer)
             yield buffer[:place]
             buffer = buffer[place:]
         buffer += more
 
 
-def cut(buffer: bytes, joins: Callable[[str, str], bool]) -> int:
-    """Where a part of a long text ends: the last place in its second half, beside a line end or else a space, where the
-    text before and the text after have the same ids apart as together; a text without one is cut between characters."""
-    for mark in (b"\n", b" "):
-        place, tries = len(buffer) - CONTEXT, MAX_TRIES
-        while tries and (place := buffer.rfind(mark, len(buffer) // 2, max(0, place))) > 0:
-            for end in (place + 1, place):
-                around = buffer[max(0, end - CONTEXT) : end], buffer[end : end + CONTEXT]
-                if joins(*(side.decode("utf-8", "ignore") for side in around)):
-                    return end
-            tries -= 1
+def cut(buffer: bytes, joins: Callable[[str, str], bool]) -> int | None:
+    """Where a part of a long text ends: the last place in its second half, beside a line end or else a space, or else
+    between two characters, where the text before and the text after have the same ids apart as together; None: nowhere.
+    White space all along one side tells nothing: its tokens depend on where it begins and ends."""
+    for places in (beside(buffer, b"\n"), beside(buffer, b" "), between_characters(buffer)):
+        sides = ((buffer[max(0, end - CONTEXT) : end], buffer[end : end + CONTEXT], end) for end in places)
+        for left, right, end in islice((s for s in sides if s[0].strip() and s[1].strip()), 2 * MAX_TRIES):
+            if joins(left.decode("utf-8", "ignore"), right.decode("utf-8", "ignore")):
+                return end
+    return None
+
+
+def beside(buffer: bytes, mark: bytes) -> Iterator[int]:
+    """The places after and before each mark in the second half, from the end on."""
+    place = len(buffer) - CONTEXT
+    while (place := buffer.rfind(mark, len(buffer) // 2, max(0, place))) > 0:
+        yield from (place + 1, place)
+
+
+def between_characters(buffer: bytes) -> Iterator[int]:
+    """The places in the second half where a character begins, from the end on."""
+    return (i for i in range(len(buffer) - CONTEXT, len(buffer) // 2, -1) if buffer[i] & 0xC0 != 0x80)
+
+
+def last_character(buffer: bytes) -> int:
+    """Where the last character ends that is whole."""
     place = len(buffer)
     while place > len(buffer) - 4 and buffer[place - 1] & 0xC0 == 0x80:  # a character's later bytes
         place -= 1

@@ -129,6 +129,18 @@ def test_long_documents_in_parts_have_the_ids_of_the_whole(
     assert len(store) == 1 and found == expected
 
 
+def test_a_cut_is_neither_inside_white_space_nor_blind(tmp_path: Path) -> None:
+    """A run of spaces longer than a cut is tried out with, and Chinese without a line end: byte-level BPE makes tokens of
+    spaces by their number, and of neighbours whose cut nobody tried."""
+    tokenizer = Tokenizer.open(assets("smollm2-135m", "tokenizer.json"))
+    poems = json.loads(assets("text_zh", "poet.tang.0.json").read_text())
+    chinese = ["".join("".join(p["paragraphs"]) for p in poems[i : i + 100]) for i in range(0, 1000, 100)]
+    texts = ["x" + " " * 9000 + "y", "".join(c + " " * 150 for c in "abcdefgh" * 30), "\n" * 10_001 + "end", *chinese]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    store = built(tmp_path / "a.jsonl", tmp_path / "s", tokenizer)
+    assert [store.document(i).tolist() for i in range(len(texts))] == [tokenizer.encode(t, eos=True) for t in texts]
+
+
 def test_a_line_without_any_end_is_cut_between_characters(tmp_path: Path, tokenizer: Tokenizer) -> None:
     whole = "中国人" * 5000
     (tmp_path / "a.txt").write_text(whole, encoding="utf-8")
