@@ -111,7 +111,8 @@ def source(path: Path, input_format: str) -> Source:
         raise ValueError(f"{path}: unknown kind {path.suffix or 'without a suffix'}: say it with --input_format txt")
     if not path.stat().st_size:
         raise ValueError(f"{path}: an empty file: remove it, or leave it out of --src")
-    return Source(str(path), path, kind, path.suffix if path.suffix in PACKED else "", path.stat().st_size)
+    packed = path.suffix.lower()
+    return Source(str(path), path, kind, packed if packed in PACKED else "", path.stat().st_size)
 
 
 def kind_of(path: Path) -> str | None:

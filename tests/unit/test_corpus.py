@@ -621,6 +621,12 @@ def test_a_gz_that_is_cut_off(tmp_path: Path, tokenizer: Tokenizer) -> None:
     build(args_of(tmp_path / "x.jsonl.gz", tmp_path / "s", tokenizer, unit_bytes=500))  # and goes on with the whole one
 
 
+def test_a_suffix_in_capitals_is_unpacked_too(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "X.JSONL.GZ").write_bytes(gzip.compress(b'{"text": "the sky"}\n'))
+    store = built(tmp_path / "X.JSONL.GZ", tmp_path / "s", tokenizer)
+    assert documents(store) == [tokenizer.encode("the sky", eos=True)]
+
+
 def test_ids_of_another_tokenizer(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with Writer(tmp_path / "a.tfrecord") as writer:
         writer.write({"indices": [1, 2, 9999]})
