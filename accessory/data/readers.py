@@ -23,6 +23,8 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from ..config import unknown_name
 from .tfrecord import read_examples
 
@@ -343,24 +345,47 @@ def parquet_rows(source: Source, stream: BinaryIO, options: Options) -> Iterator
 
 
 def examples(source: Source, stream: BinaryIO, options: Options) -> Iterator[tuple[str, list]]:
-    """Feature `field`, else "indices": int64 is ready ids, bytes are text."""
+    """Feature `field`, else "indices": int64 is ready ids, bytes are text, in one file either (ValueError)."""
     rows: list = []
-    size, kind = 0, "ids"
+    size, kind = 0, ""
     for number, features in enumerate(read_examples(stream, source.name)):
         name = options.field if options.field in features else "indices"
         require_field(name if name in features else options.field, list(features), f"{source.name}: record {number}")
         value = features[name]
-        if isinstance(value, list):
-            kind, value = "texts", (b"".join(value)).decode("utf-8", "replace") if value else None
-        elif value.dtype != "<i8":
+        found = kind if not len(value) else "texts" if isinstance(value, list) else "ids"
+        if found == "ids" and len(value) and value.dtype != "<i8":
             raise ValueError(f"{source.name}: record {number}: {name} holds fractions: name another with --field")
+        if found != (kind or found):
+            raise ValueError(
+                f"{source.name}: record {number}: {name} holds {found}, and {kind} before it: write a file for each"
+            )
+        kind = found
         rows.append(value)
-        size += value.nbytes if kind == "ids" else len(value or "")
+        size += sum(map(len, value)) if isinstance(value, list) else value.nbytes
         if size >= options.unit_bytes:
-            yield kind, rows
+            yield EXAMPLES[kind](rows)
             rows, size = [], 0
     if rows:
-        yield kind, rows
+        yield EXAMPLES[kind](rows)
+
+
+def texts_of(rows: list) -> tuple[str, list[str | None]]:
+    """Byte strings as texts; None where there are none, or no UTF-8 (a picture)."""
+
+    def text(value: Any) -> str | None:
+        try:
+            return b"".join(value).decode() if len(value) else None
+        except UnicodeDecodeError:
+            return None
+
+    return "texts", [text(value) for value in rows]
+
+
+def ids_of(rows: list) -> tuple[str, list[np.ndarray]]:
+    return "ids", [np.asarray(value, np.int64) for value in rows]
+
+
+EXAMPLES = {"texts": texts_of, "ids": ids_of, "": ids_of}
 
 
 def prompt_lines(path: str | Path, flag: str) -> list[str]:

@@ -538,6 +538,24 @@ def test_text_in_a_real_tfrecord(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert documents(store)[0] == tokenizer.encode(first, eos=True)
 
 
+def test_a_tfrecord_holds_text_or_ids(tmp_path: Path, tokenizer: Tokenizer, monkeypatch) -> None:
+    """Bytes that are no UTF-8 are no text; a file with both kinds is refused by the record that differs."""
+    path, nothing, ids = tmp_path / "x.tfrecord", np.zeros(0, np.int64), np.array([5, 6])
+    path.write_bytes(b"read by what stands in below")
+
+    def store_of(name: str, *values) -> Store:
+        monkeypatch.setattr(readers, "read_examples", lambda *_: ({"text": value} for value in values))
+        return built(path, tmp_path / name, tokenizer, max_bad_share=1.0)
+
+    assert documents(store_of("ids", nothing, ids, nothing)) == [[5, 6]]
+    texts = store_of("texts", nothing, [b"the sky"], [], [b"\xff\xd8"])
+    assert documents(texts) == [tokenizer.encode("the sky", eos=True)] and texts.meta["bad_lines"] == 3
+    with pytest.raises(ValueError, match="x.tfrecord: record 1: text holds ids, and texts before it: write a file for"):
+        store_of("mixed", [b"a"], ids)
+    with pytest.raises(ValueError, match="x.tfrecord: record 2: text holds texts, and ids before it: write a file for"):
+        store_of("mixed", ids, nothing, [b"a"])
+
+
 # --- what is wrong ----------------------------------------------------------------------------------------------------
 
 
