@@ -1,13 +1,14 @@
 """A record of any known format -> a Dialog. Which format it is, its keys say.
 
-    alpaca     {"instruction": text, "input"?: text or null, "output": text}                Stanford Alpaca
+    alpaca     {"instruction": text, "input"?: text or null, "output": text, "system"?: text}    Stanford Alpaca
     messages   {"messages": [{"role": text, "content": text, "train"?: bool}, ...]}         OpenAI, Hugging Face
     sharegpt   {"conversations": [{"from": "human", "value": text}, ...], "system"?: text}  ShareGPT, FastChat, Accessory
     minima     [{"User": text, "Assistant": text}, ...]                                     MiniMA
     prompt     {"prompt": text, "completion": text}
     text       {"input": text}                                                              the Anyscale template
 
-Other keys are left alone. "train" (or "weight", 0 or 1) is for --train_on flagged. Test: pytest tests/unit/test_sft.py
+Other keys are left alone, except where the words would mean something else without them: images, tool_calls, tools,
+functions, and history are refused. "train" (or "weight", 0 or 1) is for --train_on flagged. Test: pytest tests/unit/test_sft.py
 """
 
 from collections.abc import Callable
@@ -67,12 +68,11 @@ def alpaca(item: dict, where: str) -> list[Message]:
                 f'{where}: "{key}" is missing (keys there: {keys}): a record needs instruction and output, or messages, '
                 "conversations, prompt and completion, or input alone"
             )
+    refuse(item, ("history",), where, "earlier turns", "write the turns as messages")
     given = item.get("input")
     instruction, output = text_of(item, "instruction", where), text_of(item, "output", where)
-    return [
-        Message("user", instruction, input=text_of(item, "input", where) if given is not None else ""),
-        Message("assistant", output),
-    ]
+    user = Message("user", instruction, input=text_of(item, "input", where) if given is not None else "")
+    return with_system(item, [user, Message("assistant", output)], where)
 
 
 def chat(list_key: str, role_key: str, text_key: str) -> Callable[[dict, str], list[Message]]:
@@ -82,11 +82,8 @@ def chat(list_key: str, role_key: str, text_key: str) -> Callable[[dict, str], l
         said = item.get(list_key)
         if not isinstance(said, list):
             raise ValueError(f'{where}: "{list_key}" is {name_of(said)}, not a list of messages')
-        messages = [message(m, f"{where}: message {i}") for i, m in enumerate(said, 1)]
-        system = item.get("system")
-        if system is not None and not (messages and messages[0].role == "system"):
-            messages = [Message("system", text_of(item, "system", where))] * bool(system) + messages
-        return messages
+        refuse(item, ("tools", "functions"), where, "tools", "write them into the system message")
+        return with_system(item, [message(m, f"{where}: message {i}") for i, m in enumerate(said, 1)], where)
 
     def message(m: Any, where: str) -> Message:
         if not isinstance(m, dict):
@@ -103,6 +100,21 @@ def chat(list_key: str, role_key: str, text_key: str) -> Callable[[dict, str], l
         return Message(ROLES[role.lower()], text_of(m, text_key, where), train_flag(m, where))
 
     return read
+
+
+def with_system(item: dict, messages: list[Message], where: str) -> list[Message]:
+    """The record's "system" in front, unless the messages begin with one."""
+    system = item.get("system")
+    if system is None or (messages and messages[0].role == "system"):
+        return messages
+    return [Message("system", text_of(item, "system", where))] * bool(system) + messages
+
+
+def refuse(item: dict, keys: tuple[str, ...], where: str, what: str, remedy: str) -> None:
+    """ValueError where the record has something under a key that nothing reads. "[]": a list that was put into text."""
+    for key in keys:
+        if item.get(key) and item[key] != "[]":
+            raise ValueError(f'{where}: "{key}" holds {what}, which are not read: {remedy}, and remove the key')
 
 
 def joined(content: Any, where: str) -> Any:
@@ -152,7 +164,8 @@ def text_of(item: dict, key: str, where: str) -> str:
         raise ValueError(f'{where}: "{key}" is missing (keys there: {keys_of(item)})')
     value = item[key]
     if not isinstance(value, str):
-        raise ValueError(f'{where}: "{key}" is {name_of(value)}, not text: put it in quotes')
+        remedy = 'write "", or remove the record' if value is None else "put it in quotes"
+        raise ValueError(f'{where}: "{key}" is {name_of(value)}, not text: {remedy}')
     if any("\ud800" <= c <= "\udfff" for c in value):
         raise ValueError(f'{where}: "{key}" holds half of a surrogate pair: write the character itself')
     return value

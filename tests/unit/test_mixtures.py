@@ -174,6 +174,14 @@ def test_keys_of_an_entry(tmp_path: Path, tokenizer: Tokenizer) -> None:
     )
 
 
+def test_a_system_message_beside_an_instruction_is_heard(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    record = fill(FORMATS["alpaca"], 1) | {"history": [], "tools": "[]"}
+    path = write(tmp_path / "d.jsonl", [record | {"system": system} for system in ("Be brief.", "", None)] + [record])
+    found = load(path, tokenizer)
+    texts = [tokenizer.decode_with_specials(found[i].ids) for i in range(4)]
+    assert ["Be brief." in text for text in texts] == [True, False, False, False] and texts[1] == texts[2] == texts[3]
+
+
 def test_what_cannot_be_learnt_is_counted(tmp_path: Path, tokenizer: Tokenizer) -> None:
     asked = {"messages": [{"role": "user", "content": "anyone?"}]}
     path = write(tmp_path / "d.jsonl", [fill(FORMATS["messages"], 1), asked, fill(FORMATS["messages"], 2)])
@@ -205,6 +213,17 @@ BAD = [
     ({"messages": [M | {"content": [{"type": "text"}]}]}, '"text" is missing'),
     ({"messages": [M | {"content": "\ud83d"}]}, "half of a surrogate pair"),
     ({"messages": [M], "images": ["a.png"]}, "it has an image"),
+    (
+        {"messages": [M], "tools": [{"name": "f"}]},
+        '"tools" holds tools, which are not read: write them into the system',
+    ),
+    ({"conversations": [], "functions": "f"}, '"functions" holds tools, which are not read'),
+    (
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        '"history" holds earlier turns, .*: write the turns',
+    ),
+    ({"instruction": "a", "output": "b", "system": 3}, '"system" is a number'),
+    ({"instruction": "a", "output": None}, 'null, not text: write "", or remove the record'),
     ({"messages": [{"role": "system", "content": "a"}]}, "a dialog without messages"),
     ({"messages": [M, M, {"role": "assistant", "content": "b"}]}, "message 2 .user.: --template llama2-chat needs"),
     ({"messages": [M, {"role": "tool", "content": "b"}]}, "message 2 .tool.: --template llama2-chat has no place"),
