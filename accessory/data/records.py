@@ -72,7 +72,10 @@ def read_config(path: Path) -> list[Entry]:
         raise ValueError(f"{path}: not YAML ({' '.join(str(error).split())}): repair it") from None
     entries = content.get("META") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"{path}: no META list of data sets: write META: and below it - {{path: a.json, type: text}}")
+        raise ValueError(
+            f"{path}: no META list of data sets: write META: and below it - {{path: a.json, type: text}}; data itself is "
+            "named .json (a list), .jsonl (a record a line) or .parquet"
+        )
     return [read_entry(entry, f"{path}: META entry {i}", path.parent) for i, entry in enumerate(entries, 1)]
 
 

@@ -336,6 +336,7 @@ def test_weights_over_several_sets(tmp_path: Path, tokenizer: Tokenizer) -> None
         ("META: [{path: a.json, preprocess: caption}]", "without preprocess"),
         ("META: []", "no META list"),
         ("DATA: 1", "no META list"),
+        ("instruction,output\na,b", "no META list .*; data itself is named .json .a list., .jsonl"),
         ("", "no META list"),
         ("META:\n  - {path: a.json\n  - x", "d.yaml:3: not YAML"),
         ("META:\x00", "not YAML"),
