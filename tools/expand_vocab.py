@@ -52,8 +52,8 @@ def main(
     pieces = pieces_of_new(old, new) if init == "pieces" else ()
     source = Expanded(checkpoint.source, old.vocab_size, new.vocab_size, init, seed, pieces)
     params = checkpoint.params | {"vocab_size": source.rows}
-    counts = count_tokens(read_texts(sample_text, field, show_progress=True), old, new) if sample_text else None
-    with new_directory(dst) as directory:
+    with new_directory(dst) as directory:  # refused before the text is read
+        counts = count_tokens(read_texts(sample_text, field, show_progress=True), old, new) if sample_text else None
         if format == "meta":
             write_meta(directory, source, params, new.path, stored, mp, split_on, show_progress=True)
         else:

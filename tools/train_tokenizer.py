@@ -30,15 +30,9 @@ def main(
     are streamed, and --max_sentences lines drawn at random are learned from (held in memory; 0: all). A character
     rarer than --character_coverage leaves is spelled in bytes, or is <unk> with --byte_fallback false. For a language
     that the base lacks, merge the result into it with tools/merge_tokenizer.py. --dst must not exist."""
-    model = train(
-        read_texts(src, field, show_progress=True),
-        vocab_size,
-        model_type,
-        byte_fallback,
-        character_coverage,
-        max_sentences,
-    )
-    with new_directory(dst) as directory:
+    with new_directory(dst) as directory:  # refused before the text is read
+        texts = read_texts(src, field, show_progress=True)
+        model = train(texts, vocab_size, model_type, byte_fallback, character_coverage, max_sentences)
         (directory / "tokenizer.model").write_bytes(model)
         tokenizer = Tokenizer.open(directory)
         lines = list(itertools.islice(sentences_of(read_texts(src, field)), SAMPLE))

@@ -242,6 +242,7 @@ def test_refusals_name_what_is_wrong(grown: Path, tmp_path: Path) -> None:
     other.write_bytes(vocabulary.train(["entirely other words in here", "nothing in common"] * 9, 275, "unigram"))
     refused("is no extension of .*: id [0-9]+ is .* and was .*: merge the vocabularies", tokenizer_path=str(other))
     expand_vocab.main(**arguments | {"dst": str(tmp_path / "grown")})
+    refused("grown is already there", dst=str(tmp_path / "grown"), sample_text=str(tmp_path / "absent.txt"))
     refused("has 320 tokens and .*: a vocabulary only grows", src=str(tmp_path / "grown"), tokenizer_path=str(src))
     refused("has 320 rows, but the tokenizer .* --old_tokenizer_path", old_tokenizer_path=str(grown))
     (src / "tokenizer.model").unlink()

@@ -409,6 +409,8 @@ def test_train_then_merge_then_specials(base: Tokenizer, tmp_path: Path, capsys:
     assert merged.decode(merged.encode("chat 人工智能")) == "chat 人工智能"
     with pytest.raises(ValueError, match="already there"):
         merge_tokenizer.main(base=str(base.path), extra=extra, dst=dst)
+    with pytest.raises(ValueError, match="already there"):  # and not first the text, which may take hours
+        train_tokenizer.main(src=str(tmp_path / "absent.txt"), dst=extra, vocab_size=330)
 
 
 def test_growing_by_the_tool(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
