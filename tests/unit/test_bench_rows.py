@@ -1,14 +1,17 @@
 """The benchmark's small rows: descriptions hold together, our ways compute what the others compute, bytes and curves are
 counted right. Nothing is timed and no peer's environment is needed."""
 
+import dataclasses
 import itertools
 import json
+import re
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
 
+from accessory.data.sft import DataArgs
 from accessory.model.attention import Segments, attend
 from accessory.parallel import groups
 from bench import ablate_layers, ceiling, growth, kill_saves, loader, qlora_curve, resume_matrix, rows, run, save_stall
@@ -202,3 +205,34 @@ def test_an_ablation_that_there_is_not_is_told_before_any(capsys):
         with pytest.raises(ValueError, match=f"--{next(iter(flags))} "):
             ablate_layers.main(**flags)
     assert not capsys.readouterr().out
+
+
+QUOTED = re.compile(r"`python (?:-m bench\.|bench/)(\w+)(?:\.py)?( [^`]*)?`")
+
+
+def test_commands_that_the_documents_quote_have_the_flags_that_their_programs_want():
+    """Words after `, the rest as above` are those of the command before it."""
+    found = 0
+    for page in ("benchmarks.md", "checkpoints.md", "data.md", "parallelism.md"):
+        text = (run.ROOT / "docs" / page).read_text(encoding="utf-8")
+        for command in QUOTED.finditer(text):
+            source = (run.ROOT / "bench" / f"{command[1]}.py").read_text(encoding="utf-8")
+            given = set(re.findall(r"--(\w+)", command[2] or ""))
+            taken = set(re.findall(r'add_argument\(\s*"--(\w+)"', source)) | set(
+                re.findall(r"^    (\w+): ", source, re.M)
+            )
+            wanted = set(re.findall(r'add_argument\(\s*"--(\w+)", [^)]*required=True', source))
+            if main := re.search(r"^def main\(\s*\*,(.*?)\) -> None", source, re.M | re.S):
+                words = [word.strip() for word in main[1].split(",") if word.strip()]
+                taken |= {word.partition(":")[0] for word in words}
+                wanted |= {word.partition(":")[0] for word in words if "=" not in word}
+            if command[1] == "packing":
+                taken, wanted = (
+                    taken | {f.name for f in dataclasses.fields(DataArgs)},
+                    {"data_config", "tokenizer_path"},
+                )
+            assert given <= taken, (page, command[0], given - taken)
+            above = text[command.end() :].startswith(", the rest as above")
+            assert above or wanted <= given, (page, command[0], wanted - given)
+            found += 1
+    assert found > 20
