@@ -9,7 +9,10 @@ communication is what the loop itself sums over ranks, and waits for there. A tr
 Test: tests/unit/test_profile.py
 """
 
+import contextlib
+import errno
 import re
+import tempfile
 import time
 from collections import deque
 from pathlib import Path
@@ -20,6 +23,7 @@ import torch
 from accessory import log
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "evaluation", "saving", "profile", "other")
+EMPTY = 200  # bytes: no trace packs as small as this
 
 
 class Phases:
@@ -141,16 +145,37 @@ class Profile:
             self.range = None
         profiler, self.profiler = self.profiler, None
         profiler.stop()
-        self.directory.mkdir(parents=True, exist_ok=True)
-        profiler.export_chrome_trace(str(self.directory / f"trace_rank{self.rank}.json.gz"))
-        memory = "a snapshot of memory is for GPUs only"
-        if torch.cuda.is_available():
-            file = self.directory / f"memory_rank{self.rank}.pickle"
-            torch.cuda.memory._dump_snapshot(str(file))
-            torch.cuda.memory._record_memory_history(enabled=None)
-            memory = f"{file.name} at https://pytorch.org/memory_viz"
+        try:
+            memory = self._write(profiler)
+        except OSError as error:  # a full disk, mostly: the run is worth more than a look at it
+            log.say(f"profile of steps {self.started_at} to {step}: {self.directory}: not written: {error.strerror}")
+            return
         log.say(
             f"profile of steps {self.started_at} to {step}: {self.directory}: open trace_rank*.json.gz at https://ui.perfetto.dev or "
             f"chrome://tracing; {memory}",
             self.rank,
         )
+
+    def _write(self, profiler: torch.profiler.profile) -> str:
+        """Says where the memory's snapshot is. Raises OSError, and leaves no file that is written in part."""
+        trace, memory = (
+            self.directory / f"{n}_rank{self.rank}.{end}" for n, end in (("trace", "json.gz"), ("memory", "pickle"))
+        )
+        try:
+            self.directory.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(trace))
+            # torch writes it to the temporary directory first, and is silent if it cannot
+            if trace.stat().st_size < EMPTY:
+                raise OSError(errno.ENOSPC, f"it did not fit into {tempfile.gettempdir()}, where torch writes it first")
+            if not torch.cuda.is_available():
+                return "a snapshot of memory is for GPUs only"
+            torch.cuda.memory._dump_snapshot(str(memory))
+            return f"{memory.name} at https://pytorch.org/memory_viz"
+        except OSError:
+            for file in (trace, memory):
+                with contextlib.suppress(OSError):
+                    file.unlink()
+            raise
+        finally:
+            if torch.cuda.is_available():
+                torch.cuda.memory._record_memory_history(enabled=None)

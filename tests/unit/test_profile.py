@@ -160,6 +160,22 @@ def test_a_run_that_ends_before_them_says_so(tmp_path: Path, capsys) -> None:
     assert "--profile_steps 5:6: the run ended at step 3, nothing is recorded" in capsys.readouterr().out
 
 
+def test_a_trace_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, capsys, monkeypatch) -> None:
+    (tmp_path / "profile").touch()  # a file where the directory would be
+    run(recorder=Profile(tmp_path / "profile", 2, 2, rank=1))
+    assert "profile of steps 2 to 2" in (said := capsys.readouterr().out) and "not written: File exists" in said
+
+    def full(self, path: str) -> None:
+        Path(path).write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch.profiler.profile, "export_chrome_trace", full)
+    run(recorder=Profile(tmp_path / "other", 2, 2, rank=0))
+    assert "not written: No space left on device" in capsys.readouterr().out and not list(
+        (tmp_path / "other").iterdir()
+    )
+
+
 def test_looking_changes_nothing(tmp_path: Path) -> None:
     plain, watched = run(validates=False), run(recorder=Profile(tmp_path, 1, 3, 0), validates=False)
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), watched.parameters()))
