@@ -33,7 +33,6 @@ def main(
 ) -> None:
     """Prints a table and leaves it as DIR/result.json. Some minutes a seed on two cores. --work must not exist."""
     place = Path(work)
-    place.mkdir(parents=True)
     texts = [
         "".join(p["paragraphs"])
         for f in sorted(Path(poems).glob("poet.tang.*.json"))
@@ -41,8 +40,15 @@ def main(
     ]
     texts = [text for text in texts if text]
     held_out, train = texts[::HELD_OUT][:SCORED], [t for i, t in enumerate(texts) if i % HELD_OUT]
-    (place / "poems.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in train))
     paragraphs = [line.strip() for line in Path(english).read_text().splitlines() if len(line) > 200][:8]
+    if not train:
+        raise ValueError(f"--poems {poems}: no poet.tang.*.json with paragraphs there")
+    if not paragraphs:
+        raise ValueError(f"--english {english}: no line of more than 200 characters")
+    if seeds < 1:
+        raise ValueError(f"--seeds {seeds}: 1 or more")
+    place.mkdir(parents=True)
+    (place / "poems.jsonl").write_text("".join(json.dumps({"text": t}, ensure_ascii=False) + "\n" for t in train))
     rows = [("base", *score_all(pretrained_path, held_out, paragraphs))]
     for seed in range(seeds):
         run = place / f"seed{seed}"

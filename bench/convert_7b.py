@@ -37,6 +37,8 @@ def main(
     --work is a directory to write in, which needs twice the model's size; it is emptied of what was written."""
     size = model_bytes(llama_config, dtype)
     stages = {name: Path(work) / name for name in ("one", "two", "hf", "back")}
+    if there := [str(stage) for stage in stages.values() if stage.exists()]:
+        raise ValueError(f"--work {work}: {there[0]} is there already and would be deleted at the end: take another")
     check_space(Path(work), size)
     try:
         report(

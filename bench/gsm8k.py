@@ -128,6 +128,9 @@ def main(*, part: str, pretrained_path: str, gsm8k: str, steps: int = 20, seeds:
     --pretrained_path is a checkpoint with its tokenizer, --gsm8k a directory with train.jsonl and test.jsonl."""
     if part not in ("learn", "pace"):
         raise ValueError(f"--part {part}: learn or pace")
+    for name, value in (("steps", steps), ("seeds", seeds), ("rounds", rounds)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: 1 or more")
     learn(pretrained_path, gsm8k, steps, seeds) if part == "learn" else pace(pretrained_path, gsm8k, rounds)
 
 

@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--max_seq_len", type=int, default=320)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
+    if not given.data.is_file():
+        parser.error(f"--data {given.data}: no such file")
     with tempfile.TemporaryDirectory() as directory:
         data = write_data(given.data, Path(directory), given.steps * given.batch_size, 32)
         runs = {kind: run(given, data, Path(directory) / kind, kind) for kind in ("none", "nf4")}

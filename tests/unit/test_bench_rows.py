@@ -14,7 +14,21 @@ from torch.nn import functional as F
 from accessory.data.sft import DataArgs
 from accessory.model.attention import Segments, attend
 from accessory.parallel import groups
-from bench import ablate_layers, ceiling, growth, kill_saves, loader, qlora_curve, resume_matrix, rows, run, save_stall
+from bench import (
+    ablate_layers,
+    adapt_language,
+    ceiling,
+    convert_7b,
+    growth,
+    gsm8k,
+    kill_saves,
+    loader,
+    qlora_curve,
+    resume_matrix,
+    rows,
+    run,
+    save_stall,
+)
 from bench.rows import loading
 from bench.sides import adamw_step, grow, head, linears, load_weights, packed_attention, plain_llama, traffic
 from tests.helpers import tiny_args, write_tiny_checkpoint
@@ -189,7 +203,7 @@ def test_help_says_what_a_program_measures_and_runs_nothing(program, monkeypatch
 
 @pytest.mark.parametrize(
     "program, words, said",
-    [(kill_saves, "--kills 0", "--kills 0: 1 or more"), (ceiling, "sft --peer hf", "hf: NAME=MS, such as"),
+    [(qlora_curve, "--pretrained_path x --data /nosuch", "--data /nosuch: no such file"), (kill_saves, "--kills 0", "--kills 0: 1 or more"), (ceiling, "sft --peer hf", "hf: NAME=MS, such as"),
      (ceiling, "sft --peer hf=fast", "hf=fast: NAME=MS, such as"), (growth, "/nosuch.json", "/nosuch.json: No such file"),
      (growth, str(run.ROOT / "bench" / "results" / "sft-cpu-1.json"), "sft-cpu-1.json: no result of the row growth")],
 )  # fmt: skip
@@ -236,3 +250,23 @@ def test_commands_that_the_documents_quote_have_the_flags_that_their_programs_wa
             assert above or wanted <= given, (page, command[0], wanted - given)
             found += 1
     assert found > 20
+
+
+def test_converting_deletes_only_what_it_wrote(tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "model.safetensors").write_text("somebody's")
+    with pytest.raises(ValueError, match="hf is there already and would be deleted"):
+        convert_7b.main(work=str(tmp_path), llama_config="model_configs/tiny.json")
+    assert (tmp_path / "hf" / "model.safetensors").read_text() == "somebody's"
+
+
+def test_wrong_words_leave_no_directory_that_would_be_in_the_way(tmp_path):
+    (tmp_path / "english.txt").write_text("a" * 300)
+    (tmp_path / "poet.tang.0.json").write_text(json.dumps([{"paragraphs": ["a"]}] * 20, indent=1))
+    usual = {"pretrained_path": "x", "poems": str(tmp_path), "english": str(tmp_path / "english.txt")}
+    for wrong in ({"poems": "/nosuch"}, {"english": str(tmp_path / "poet.tang.0.json")}, {"seeds": 0}):
+        with pytest.raises(ValueError, match=f"--{next(iter(wrong))} "):
+            adapt_language.main(**usual | {"work": str(tmp_path / "work")} | wrong)
+        assert not (tmp_path / "work").exists()
+    with pytest.raises(ValueError, match="--seeds 0: 1 or more"):
+        gsm8k.main(part="learn", pretrained_path="x", gsm8k="y", seeds=0)
