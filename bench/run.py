@@ -282,7 +282,8 @@ def main() -> int:
                 failed.append(f"{row.name}: {error}")
                 continue
         print(f"\n### {row.name}: {row.what}\n\n" + "\n".join(result["table"]), flush=True)
-        print("\nlimits: " + ", ".join(f"{k} {v:,.4g}" for k, v in result["limits"].items() if isinstance(v, float)))
+        rates = ", ".join(f"{k} {v:,.4g}" for k, v in result["limits"].items() if isinstance(v, float))
+        print(f"\nlimits: {rates or 'not measured: ' + result['limits'].get('error', '')}", flush=True)
         name = f"{row.name}-{given.device}-{given.threads}" + "-only" * (len(sides) < len(row.sides))
         if not any("error" not in told for printed in result["rounds"] for told in printed.values()):
             failed.append(f"{row.name}: no side finished, nothing is written")

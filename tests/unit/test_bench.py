@@ -453,11 +453,11 @@ def stored(monkeypatch, tmp_path):
     (tmp_path / "toy-cpu-2.json").write_text("earlier")
     (tmp_path / "toy-cpu-2.png").write_text("earlier")
 
-    def start(printed, *words, sides=(MINE, FAST)):
+    def start(printed, *words, sides=(MINE, FAST), limits=None):
         row = toy_row(*sides, goals=[Goal("peer", "speed", at_least=1.0)] * (len(sides) > 1))
         monkeypatch.setattr(run, "all_rows", lambda: {"toy": row})
         monkeypatch.setattr(run, "run_side", lambda side, *rest: printed[side.name])
-        monkeypatch.setattr(run, "run_limits", lambda *a: {"fp32_gflops": 1.0})
+        monkeypatch.setattr(run, "run_limits", lambda *a: limits or {"fp32_gflops": 1.0})
         monkeypatch.setattr(sys, "argv", ["run", "toy", "--out", str(tmp_path), *words])
         code = run.main()
         return code, (tmp_path / "toy-cpu-2.json").read_text()
@@ -478,6 +478,11 @@ def test_where_nothing_finished_the_earlier_result_stays(stored, capsys):
     assert stored({"mine": {"error": "no"}, "fast": {"error": "no"}}) == (1, "earlier")
     told = capsys.readouterr()
     assert "toy: no side finished, nothing is written" in told.err and "failed: no" in told.out
+
+
+def test_limits_that_were_not_measured_are_named(stored, capsys):
+    stored({"mine": result(1.0), "fast": result(2.0)}, limits={"error": "no room"})
+    assert "limits: not measured: no room" in capsys.readouterr().out
 
 
 def test_a_result_of_some_sides_leaves_that_of_all(stored, tmp_path):
