@@ -192,6 +192,8 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
     defaults |= function.__kwdefaults__ or {}
     if argv is None:  # a process of its own: one that is asked to stop takes away what it has half written
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C; not where a shell has it ignored
+            signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
         argv = sys.argv[1:]
     if any(a in ("--help", "-h") for a in argv):
         shown = " ".join(

@@ -9,6 +9,7 @@ Test: pytest tests/unit/test_corpus.py
 import json
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -273,6 +274,7 @@ _encoder: Encoder | None = None
 def start_worker(args: CorpusArgs) -> None:
     """In a new process: opens the tokenizer, and sees to it that the process ends when its parent does."""
     global _encoder
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends this process
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the library's own switch: its threads would share our cores
 
     def leave_with_parent() -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -383,6 +384,23 @@ def test_sigkill_and_the_same_command_again(tmp_path: Path, tokenizer: Tokenizer
     build(args_of(src, tmp_path / "whole", tokenizer))
     assert content(tmp_path / "s") == content(tmp_path / "whole") and not mark.exists()
     assert not [pid for pid in workers if is_running(pid)]  # the killed build's
+
+
+def test_ctrl_c_ends_in_no_traceback(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """It reaches every process of the terminal: the tool leaves what is finished to be continued, a worker waits for it."""
+    args = args_of(tmp_path / "a.txt", tmp_path / "s", tokenizer)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, corpus_encode.start_worker, (args,)) as pool:
+        assert pool.submit(signal.raise_signal, signal.SIGINT).result() is None
+    command = [sys.executable, str(ROOT / "tools" / "build_corpus.py"), "--src", "-", "--dst", str(args.dst)]
+    command += ["--tokenizer_path", str(tokenizer.path)]
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "s.part" / corpus_work.JOURNAL).is_file() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert b"Traceback" not in process.communicate()[1] and process.returncode == 128 + signal.SIGINT
 
 
 def children(pid: int) -> list[int]:
