@@ -3,8 +3,9 @@
     packed row:   [ a a a a | b b | c c c ]    cu_seqlens 0 4 6 9: each sequence sees itself only, nothing is padding
                                                after -1 0 0: b and c go on from a, which they see too (sharing.py)
 
-On CUDA in half precision packed rows go through torch's varlen kernel; elsewhere sequence by sequence (measured on CPU, ten
-documents in 2048 tokens: 9 times faster than a block mask), short ones on CPU as plain products (blocks.py).
+On CUDA in half precision packed rows go through torch's varlen kernel, one sequence alone too unless its length is one of few;
+elsewhere sequence by sequence (measured on CPU, ten documents in 2048 tokens: 9 times faster than a block mask), short ones on
+CPU as plain products (blocks.py).
 Proof: tests/unit/test_device_paths.py, tests/unit/test_attention_blocks.py, tests/gpu.
 Shapes: B batch, T tokens, S keys, H query heads, K kv heads, Dh head dim.
 """
@@ -23,6 +24,9 @@ from accessory.model.sharing import Spread
 from accessory.parallel import groups, products
 
 HALF = (torch.bfloat16, torch.float16)  # what the flash kernels take
+# for one sequence alone an H200 has cuDNN's kernel, which is fast but built anew, within the step, for every length that comes
+# the first time (torch 2.11 to 2.13): so for lengths that are multiples of this, as blocks of a corpus are, and no others
+LENGTHS = 128
 
 
 class Segments:
@@ -76,9 +80,11 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
 
 def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tensor | None) -> Tensor:
     """softmax(q k^T / sqrt(Dh)) v, causal. q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). `mask` as SDPA takes it."""
-    if packed is None or packed.alone:
+    if packed is None:
         return _sdpa(q, k, v, mask)
     takes = packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    if packed.alone and not (takes and packed.longest % LENGTHS):
+        return _sdpa(q, k, v, mask)
     if takes and packed.spread is None:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
     return _one_by_one(q, k, v, packed)

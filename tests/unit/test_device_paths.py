@@ -86,6 +86,18 @@ def test_packed_attention_through_a_kernel(monkeypatch, kernel, kv_heads: int) -
     assert calls == [1]
 
 
+@pytest.mark.parametrize("length, calls", [(128, 0), (127, 1), (130, 1)])
+def test_one_sequence_alone_takes_the_kernel_but_at_few_lengths(monkeypatch, length: int, calls: int) -> None:
+    """torch would have cuDNN build a kernel for each length."""
+    seen = []
+    kernel = causal_varlen(torch_2_12)
+    monkeypatch.setattr(attention, "_varlen_kernel", lambda device: lambda *given: seen.append(1) or kernel(*given))
+    bodies.packed_attention_is_that_of_each_sequence("cpu", torch.bfloat16, 4, 2, 8, [length], bound=2e-2)
+    assert len(seen) == calls
+    bodies.packed_attention_is_that_of_each_sequence("cpu", torch.float32, 4, 2, 8, [length], bound=1e-5)
+    assert len(seen) == calls  # not for the kernel
+
+
 @pytest.mark.parametrize("grouped, kernel", [(False, torch_2_11), (True, torch_2_12)])
 def test_the_plan_knows_what_a_kernel_keeps(monkeypatch, grouped: bool, kernel) -> None:
     varlen = pytest.importorskip("torch.nn.attention.varlen")
