@@ -35,7 +35,7 @@ WHOLE_PRODUCT = ("cpu",)  # but here all of them
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int
+        ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, learns: bool
     ) -> tuple[Tensor, Tensor]:
         ctx.weight_dtype = weight.dtype
         if weight.requires_grad or not products.by_blocks(hidden, weight):
@@ -44,7 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         true = weight[: max(0, min(len(weight), vocab_size - start))]  # the rows below are padding, they take no part
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
-        wants_hidden, wants_weight = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        wants_hidden, wants_weight = (learns and wanted for wanted in ctx.needs_input_grad[:2])
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = None
         if wants_weight:
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             same = weight_grad.dtype == ctx.weight_dtype
             to = weight_grad if same else torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
             weight_grad = _scaled(weight_grad, loss_grad, to)
-        return hidden_grad, weight_grad, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 class _Chunk:
@@ -205,7 +205,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
     hidden = products.wide(hidden)
     rows = rows_of_chunk(weight, hidden.element_size(), len(hidden))
-    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows)
+    learns = torch.is_grad_enabled()  # of validation too, needs_input_grad says what could be asked for
+    return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows, learns)
 
 
 def rows_of_chunk(weight: Tensor, element_size: int, count: int, own_size: int | None = None) -> int:

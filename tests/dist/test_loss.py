@@ -155,6 +155,20 @@ def test_one_chunk_where_the_sum_over_several_would_want_as_much_memory():
     assert [loss.rows_of_chunk(head, size, 1024) for size in (2, 4, 8)] == [256, 256, 128]  # 4 and 8: of CHUNK_BYTES
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_validation_takes_no_gradient(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a trained head: the loss is the same to the bit, the products for gradients are left out."""
+    groups.ensure()
+    monkeypatch.setattr(loss, "CHUNK_BYTES", 4 * 101 * 5)
+    hidden, weight, targets = inputs(64, dtype)
+    weight.requires_grad_()
+    learning = loss.linear_cross_entropy(hidden, weight, targets, V)
+    monkeypatch.setattr(loss, "_add_product", None)
+    with torch.no_grad():
+        validating = loss.linear_cross_entropy(hidden, weight, targets, V)
+    assert [x.item() for x in learning] == [x.item() for x in validating]
+
+
 @pytest.mark.parametrize("instructions", [True, False])
 def test_a_second_backward_is_right_or_refused(instructions, monkeypatch):
     groups.ensure()
