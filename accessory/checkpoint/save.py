@@ -76,8 +76,7 @@ class Snapshot:
                     yield from ((f"{name}/{m}", shape, dtype_of(parameter), parameter.is_cuda) for m in MOMENTS)
 
     def _make(self, buffers: list[tuple[str, tuple[int, ...], torch.dtype, bool]], device: torch.device) -> None:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)  # or pinning would open GPU 0 for every rank
+        _use(device)
         for key, shape, dtype, pinned in buffers:
             try:
                 self.tensors[key] = torch.empty(shape, dtype=dtype, pin_memory=pinned)
@@ -142,7 +141,7 @@ class Saver:
         keep_last: int | None,
     ):
         self.run, self.names, self.beside, self.keep_last = run, names, beside, keep_last
-        self.snapshot, self.group = Snapshot(model, optimizer), groups.save_group()
+        self.snapshot, self.group, self.device = Snapshot(model, optimizer), groups.save_group(), groups.device()
         self.thread: threading.Thread | None = None
         self.error: BaseException | None = None
 
@@ -172,6 +171,7 @@ class Saver:
 
     def _run(self, step: int, state: dict[str, Any], keep: Collection[int]) -> None:
         try:
+            _use(self.device)
             self._save(step, state, keep)
         except BaseException as error:  # for the training thread, which raises it
             self.error = error
@@ -237,6 +237,12 @@ class Saver:
             if groups.rank() == 0:
                 shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def _use(device: torch.device) -> None:
+    """At the start of a thread: else pinning, and waiting for an event, would open GPU 0 for every rank, and take memory there."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _make_room(run: Path, temporary: Path, needed: float) -> None:

@@ -2,10 +2,12 @@
 kernel's two signatures (with a loop in the kernel's place), compiled layers, bf16 and fp16."""
 
 import inspect
+import threading
 
 import pytest
 import torch
 
+from accessory.checkpoint.save import Saver
 from accessory.data.loader import collate
 from accessory.model import ModelArgs, Transformer, attention
 from accessory.model.attention import Segments, causal_varlen
@@ -153,6 +155,22 @@ def test_a_later_call_stays_on_the_device_of_an_earlier_one(monkeypatch) -> None
         assert groups.device() == torch.device("cuda:1") and current == [torch.device("cuda:1")] * 2
     finally:
         groups.init(1, on="cpu")
+
+
+def test_the_saving_threads_stay_on_their_device(tmp_path, monkeypatch) -> None:
+    run = bodies.train(tmp_path / "run", "cpu", TINY, DATA, steps=1, tuning=LORA, precision="fp32")
+    names = [n for n, p in run.model.named_parameters() if p.requires_grad]
+    used = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda to: used.append((str(to), threading.current_thread().name)))
+    saver = Saver(tmp_path, run.model, run.optimizer, names, bodies.Nothing(), None)
+    saver.start(1, run.state.to_json())
+    saver.finish()
+    assert used == []
+    saver.device = torch.device("cuda:1")
+    saver.start(2, run.state.to_json())
+    saver.finish()
+    saver.snapshot._make([], saver.device)
+    assert used == [("cuda:1", "saving step 2"), ("cuda:1", threading.current_thread().name)]
 
 
 def test_half_precision_is_that_of_transformers() -> None:
