@@ -175,10 +175,10 @@ def _wandb_run(directory: Path, resumed_step: int | None, flags: dict[str, Any])
 
 
 def peak_memory_gb() -> float:
-    """The most memory this process has held: on the GPU where there is one, else resident on the host. In 10^9 bytes."""
+    """The most memory this process has held: on the GPU where it uses one, else resident on the host. In 10^9 bytes."""
     import torch
 
-    if torch.cuda.is_available():
+    if torch.cuda.is_initialized():  # not by its being there: a run may be on the CPU beside one
         return torch.cuda.max_memory_allocated() / 1e9
     import resource
 

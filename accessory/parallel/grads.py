@@ -49,6 +49,10 @@ class GradientRules:
         total = cut + replicated
         if self.cut_over_dp and groups.dp_size() > 1:
             groups.all_reduce(total, groups.dp_group())
+        if groups.mp_size() > 1 and groups.dp_size() > 1:
+            # several groups each added it up, in an order of their own: a last bit that differs would, by way of clipping, part
+            # what ranks hold alike and never compare
+            groups.all_reduce(total, op="max")
         return total.sqrt()
 
     def _by_weight(self) -> dict[float, list]:

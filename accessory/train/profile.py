@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from accessory import log
+from accessory.parallel import groups
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "evaluation", "saving", "profile", "other")
 EMPTY = 200  # bytes: no trace packs as small as this
@@ -101,6 +102,10 @@ def profile_of(text: str | None, directory: Path, step: int, rank: int) -> "Prof
     return Profile(directory / "profile", first, last, rank)
 
 
+def _on_gpu() -> bool:
+    return groups.device().type == "cuda"
+
+
 class Profile:
     """torch.profiler over the steps first to last, both included, into `directory`: one set of files a rank."""
 
@@ -126,8 +131,8 @@ class Profile:
     def _start(self, step: int) -> None:
         from torch.profiler import ProfilerActivity as Activity
 
-        kinds = [Activity.CPU] + [Activity.CUDA] * torch.cuda.is_available()
-        if torch.cuda.is_available():
+        kinds = [Activity.CPU] + [Activity.CUDA] * _on_gpu()
+        if _on_gpu():
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         self.started_at = step
         self.profiler = torch.profiler.profile(activities=kinds, profile_memory=True)
@@ -167,7 +172,7 @@ class Profile:
             # torch writes it to the temporary directory first, and is silent if it cannot
             if trace.stat().st_size < EMPTY:
                 raise OSError(errno.ENOSPC, f"it did not fit into {tempfile.gettempdir()}, where torch writes it first")
-            if not torch.cuda.is_available():
+            if not _on_gpu():
                 return "a snapshot of memory is for GPUs only"
             torch.cuda.memory._dump_snapshot(str(memory))
             return f"{memory.name} at https://pytorch.org/memory_viz"
@@ -177,5 +182,5 @@ class Profile:
                     file.unlink()
             raise
         finally:
-            if torch.cuda.is_available():
+            if _on_gpu():
                 torch.cuda.memory._record_memory_history(enabled=None)

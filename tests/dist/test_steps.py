@@ -10,14 +10,44 @@ import pytest
 import torch
 
 from accessory.checkpoint.formats import open_checkpoint
+from accessory.model import shard_dim
+from accessory.model.llama import kv_copied
+from accessory.model.lora import partial_grad
 from accessory.parallel import groups
 from accessory.parallel.fsdp import local
+from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, start
 from accessory.train import state as train_state
 from accessory.train.state import reseed
 from tests.dist import runs
 from tests.dist.runs import Case
 from tests.helpers import run_ranks, tiny_args, write_tiny_checkpoint
+
+# --- the norm ---------------------------------------------------------------------------------------------------------
+
+
+def norms_of_groups_that_add_differently() -> list[float]:
+    """One mp rank's dp group has another last bit in its sum, as a ring that begins elsewhere may have."""
+    groups.init(2)
+    model = torch.nn.Module()
+    model.norm = torch.nn.Linear(1, 3, bias=False)
+    model.norm.weight.grad = torch.full_like(model.norm.weight, 1.25)
+    rules = GradientRules(model, 4, shard_dim, partial_grad, kv_copied)
+    all_reduce = groups.all_reduce
+
+    def reduced(tensor: torch.Tensor, group=None, op: str = "sum") -> torch.Tensor:
+        all_reduce(tensor, group, op)
+        return tensor.mul_(1 + 2**-22) if group is groups.dp_group() and groups.mp_rank() == 1 else tensor
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(groups, "all_reduce", reduced)
+        return groups.all_gather_object(rules.global_norm().item())
+
+
+def test_every_rank_clips_by_the_same_norm():
+    for norms in run_ranks(norms_of_groups_that_add_differently, world=4):
+        assert len(set(norms)) == 1 and norms[0] == pytest.approx((2 * 3) ** 0.5 * 1.25)
+
 
 # --- gradients that are not finite ------------------------------------------------------------------------------------
 
