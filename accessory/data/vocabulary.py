@@ -14,6 +14,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from accessory import log
 from accessory.data import bpe, merging, readers
 from accessory.tokenizer import SentencePiece, Tokenizer
 
@@ -91,31 +92,42 @@ def lossless(tokenizer: Tokenizer, lines: Iterable[str]) -> tuple[int, int]:
 def read_texts(src: str, field: str = "text", show_progress: bool = False) -> Iterator[str]:
     """The text of files and directories ("a,b"; see readers.py for the kinds), some kB at a time, with a bar over bytes.
 
-    Bytes that are no UTF-8 become U+FFFD; a line of JSON that has no such field is passed over."""
+    Bytes that are no UTF-8 become U+FFFD. A record that has no text in `field` is left out, and so are a directory's files of
+    other kinds; with the bar goes a line that counts them."""
     from tqdm import tqdm
 
-    sources, _ = readers.find_sources([name for name in src.split(",") if name])
+    sources, others = readers.find_sources([name for name in src.split(",") if name])
+    if others and show_progress:
+        log.say(f"{len(others)} file(s) of other kinds left out, the first: {others[0]}")
+    without = 0
     total = sum(source.size for source in sources)
     with tqdm(total=total, desc="reading", unit="B", unit_scale=True, disable=not show_progress) as bar:
         for unit in readers.read_units(sources, readers.Options(field=field, unit_bytes=UNIT_BYTES)):
             if unit.kind == "ids":
                 raise ValueError(f"{sources[unit.source].name} holds token ids, not text: give the text they came from")
-            yield from texts_of(unit, field)
+            for text in texts_of(unit, field):
+                if text:
+                    yield text
+                else:
+                    without += 1
             bar.update(unit.progress)
+    if without and show_progress:
+        log.say(f'{without:,} record(s) without text in "{field}" left out: if they have some, name its --field')
 
 
-def texts_of(unit: readers.Unit, field: str) -> Iterator[str]:
+def texts_of(unit: readers.Unit, field: str) -> Iterator[str | None]:
+    """None: a record without."""
     if unit.kind == "texts":
-        yield from (text for text in unit.payload if text)
+        yield from unit.payload
     elif unit.kind != "jsonl":
         yield unit.payload.decode(errors="replace")
     for line in unit.payload.splitlines() if unit.kind == "jsonl" else ():
         try:
             text = json.loads(line).get(field)
         except (ValueError, AttributeError):
-            continue
-        if isinstance(text, str) and text:
-            yield text
+            text = None
+        if line.strip():
+            yield text if isinstance(text, str) else None
 
 
 def read_special_tokens(path: str | Path) -> list[str]:

@@ -383,11 +383,18 @@ def test_training_refuses_by_name(options: dict, said: str) -> None:
     assert "\n" not in str(error.value)
 
 
-def test_texts_come_from_every_kind_of_file(tmp_path: Path) -> None:
+def test_texts_come_from_every_kind_of_file(tmp_path: Path, capsys) -> None:
     (tmp_path / "a.txt").write_bytes("één\n\nbad \xff byte".encode("latin-1"))
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.write('{"text": "two"}\nnot json\n{"other": 1}\n{"text": "three"}\n')
     assert list(vocabulary.read_texts(str(tmp_path))) == ["\ufffd\ufffdn\n\nbad \ufffd byte", "two", "three"]
+    assert capsys.readouterr().out == ""
+    (tmp_path / "c.pdf").write_bytes(b"a kind that is not read")
+    assert len(list(vocabulary.read_texts(str(tmp_path), show_progress=True))) == 3
+    assert capsys.readouterr().out.splitlines() == [
+        f"1 file(s) of other kinds left out, the first: {tmp_path / 'c.pdf'}",
+        '2 record(s) without text in "text" left out: if they have some, name its --field',
+    ]
     with pytest.raises(ValueError, match="no such file or directory"):
         list(vocabulary.read_texts(str(tmp_path / "absent.txt")))
 
