@@ -2,6 +2,7 @@
 habits that must not creep in (unsafe loads, shells, work at import). Pure syntax trees: `pytest tests/test_layering.py`."""
 
 import ast
+import fnmatch
 import subprocess
 import sys
 from pathlib import Path
@@ -204,3 +205,10 @@ assert state() == before, (state(), before)
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "", done.stdout
+
+
+def test_every_test_is_found(pytestconfig):
+    """pytest's own list of directories that it passes over has `dist` in it."""
+    names = {part for f in (ROOT / "tests").rglob("test_*.py") for part in f.relative_to(ROOT).parts[:-1]}
+    passed_over = [n for n in names if any(fnmatch.fnmatch(n, p) for p in pytestconfig.getini("norecursedirs"))]
+    assert {"dist", "unit", "e2e", "gpu"} <= names and not passed_over
