@@ -28,6 +28,12 @@ class Absent(Exception):
     """Raised by `prepare` where something that the row needs is not on this machine: the row is passed over."""
 
 
+def wants_gpu(device: str) -> None:
+    """Raises Absent on a CPU."""
+    if device == "cpu":
+        raise Absent("a GPU: --device cuda")
+
+
 @dataclass(frozen=True)
 class Side:
     """One program with one set of settings. Sides of one `peer` are its grid: the fastest of them stands for it."""

@@ -3,7 +3,7 @@ bf16 and fp32; on a GPU at the width of a 7B, trained and frozen. Program: bench
 
 from typing import Any
 
-from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.rows import OURS, Goal, Row, Side, wants_gpu
 
 ROWS_OF = {32000: 2048, 128256: 1024}
 PEERS = {
@@ -55,8 +55,7 @@ def gpu_row(vocab: int, trained: bool) -> Row:
     what = f"head and loss on a GPU, forward and backward, V {vocab}, {kind}, bf16, 8192 x 4096, 35 % ignored"
 
     def prepare(directory, device: str) -> dict:
-        if device == "cpu":
-            raise Absent("a GPU: --device cuda")
+        wants_gpu(device)
         return prepared(8192, 4096, vocab, trained)
 
     shape = {"vocab": vocab, "dtype": "bf16", "rows": 8192, "dim": 4096, "trained": trained}

@@ -2,7 +2,7 @@
 bench/sides/linears.py."""
 
 from bench import workload
-from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.rows import OURS, Goal, Row, Side, wants_gpu
 
 TOKENS = 8192
 SHAPE = {
@@ -15,8 +15,7 @@ SHAPE = {
 
 
 def prepare(directory, device: str) -> dict:
-    if device == "cpu":
-        raise Absent("a GPU: --device cuda")
+    wants_gpu(device)
     dim, ffn = SHAPE["dim"], SHAPE["ffn"]
     return {"gemms": [(TOKENS, dim, dim), (TOKENS, dim, ffn)], "flops_per_token": 6 * (4 * dim * dim + 3 * dim * ffn)}
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from bench import workload
-from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.rows import OURS, Goal, Row, Side, wants_gpu
 
 ROOT = Path(__file__).resolve().parents[2]
 SIZES = {"dim": 1536, "n_layers": 16, "n_heads": 12, "n_kv_heads": 12, "hidden_dim": 4096, "vocab_size": 32000}
@@ -32,8 +32,7 @@ def prepare(directory, device: str) -> dict:
 
 def prepare_gpu(directory, device: str) -> dict:
     """27 GB on the disk."""
-    if device == "cpu":
-        raise Absent("a GPU: --device cuda")
+    wants_gpu(device)
     sizes = directory / "sizes.json"
     sizes.write_text(json.dumps(workload.LLAMA_7B | MORE))
     run("random_checkpoint", llama_config=sizes, dst=directory / "one", dtype="bf16")

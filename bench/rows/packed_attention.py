@@ -1,7 +1,7 @@
 """Causal attention over ten documents in 2048 tokens, forward and backward; on a GPU over forty in 8192, beside what torch has
 for it. Program: bench/sides/packed_attention.py."""
 
-from bench.rows import OURS, Absent, Goal, Row, Side
+from bench.rows import OURS, Goal, Row, Side, wants_gpu
 
 LENGTHS = [410, 96, 305, 57, 240, 188, 333, 121, 75, 223]
 SHAPE = {"lengths": LENGTHS, "heads": 8, "kv_heads": 8, "head_dim": 64, "layers": 4, "dtype": "fp32", "units": 5}
@@ -33,8 +33,7 @@ def prepare(directory, device: str) -> dict:
 
 
 def prepare_gpu(directory, device: str) -> dict:
-    if device == "cpu":
-        raise Absent("a GPU: --device cuda")
+    wants_gpu(device)
     return {}
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import workload
-from bench.rows import ITSELF, Absent, Goal, Row, Side
+from bench.rows import ITSELF, Goal, Row, Side, wants_gpu
 from bench.rows.full_ft import hf, own
 
 LENGTHS = [
@@ -56,8 +56,7 @@ def prepare(directory: Path, device: str, every: int = 1) -> dict[str, Any]:
 
 
 def prepare_lora(directory: Path, device: str) -> dict[str, Any]:
-    if device == "cpu":
-        raise Absent("a GPU: --device cuda")
+    wants_gpu(device)
     data = prepare(directory, device)
     return data | {"adapter": workload.adapter(directory, data["sizes"], data["models"]["bf16"]), "lr": 1e-4}
 
@@ -104,7 +103,7 @@ WHAT = "instruction tuning on GSM8K's lengths, answers only, 58 M parameters"
 ROWS = [
     Row(
         "sft",
-        f"{WHAT}, 8 examples a step (a GPU: a 7B, {8 * GPU_TIMES})",
+        f"{WHAT}, 8 examples a step (a GPU: a 7B, {BATCH * GPU_TIMES})",
         HALF,
         GOALS,
         prepare,
@@ -112,7 +111,7 @@ ROWS = [
     ),
     Row(
         "sft_lora_gpu",
-        f"instruction tuning on GSM8K's lengths, answers only, LoRA r16 of a 7B, {8 * GPU_TIMES} examples a step",
+        f"instruction tuning on GSM8K's lengths, answers only, LoRA r16 of a 7B, {BATCH * GPU_TIMES} examples a step",
         LORA,
         [Goal(ITSELF, "speed", at_least=EPOCH / 80), *(Goal(s.peer, "speed", at_least=1.0) for s in LORA[2:])],
         prepare_lora,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from bench import measure
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
+ROW = ("wo", "w2")  # the others are column-parallel
 
 
 def layers(settings: dict, device: str) -> dict[str, nn.Module]:
