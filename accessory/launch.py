@@ -1,11 +1,12 @@
 """torchrun with a quiet end: `python -m accessory.launch --nproc_per_node 8 -m accessory.main_finetune --lr 2e-5 ...`
 
-Takes torchrun's own flags and starts the same agent. It differs in five things:
+Takes torchrun's own flags and starts the same agent. It differs in six things:
   - a failed run ends with the one line of the rank that failed first, not with torchrun's traceback and table;
   - SIGTERM and Ctrl-C are passed on and waited for, so that a run can save (torchrun kills it after 30 s); a second ends it;
   - one-node runs take a free port by themselves, so two can share a machine;
   - OMP_NUM_THREADS is this machine's cores divided by the ranks (torchrun sets 1, which idles a CPU run);
-  - TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 cannot restart or grow an elastic job.
+  - TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 cannot restart or grow an elastic job;
+  - a single rank of one of our programs has no agent, which would import torch first: it starts seconds earlier.
 """
 
 import contextlib
@@ -13,12 +14,35 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
+
+ALONE, OURS = ["--nproc_per_node", "1", "-m"], "accessory.main_"
+STOPPED = 128 + signal.SIGTERM  # what a program without an agent ends with where it was stopped and has saved
 
 
 def main(argv: list[str]) -> int:
     """Runs torchrun's agent over `argv`. Returns the exit code: 0, or 1 after one line on stderr."""
+    received: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda number, frame: pass_on(number, received))
+    alone = argv[:3] == ALONE and "".join(argv[3:4]).startswith(OURS)
+    error = run_alone(argv[2:], received) if alone else run_agent(argv, received)
+    if received:
+        name = signal.Signals(received[0]).name
+        print(f"stopped by {name}: the same command continues the run", file=sys.stderr, flush=True)
+        return 128 + received[0]
+    if error:
+        print(f"\n{error}", file=sys.stderr, flush=True)  # a rank may have left a progress bar
+        return 1
+    return 0
+
+
+def run_agent(argv: list[str], received: list[int]) -> str | None:
+    """torchrun. Returns the line that a failed run ends with."""
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -28,33 +52,44 @@ def main(argv: list[str]) -> int:
     one_node = args.nnodes in ("1", "1:1")
     if one_node and not any(a.startswith(("--rdzv", "--master", "--standalone")) for a in argv):
         args.standalone = True
-    if args.nproc_per_node.isdigit() and "OMP_NUM_THREADS" not in os.environ:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // int(args.nproc_per_node)))
+    if args.nproc_per_node.isdigit():
+        share_cores(int(args.nproc_per_node))
     for name in [
         n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed")
     ]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    received: list[int] = []
     args.signals_to_handle = "SIGHUP,SIGQUIT"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda number, frame: pass_on(number, received))
     try:
         run(args)
     except ChildFailedError as error:
-        if not received:
-            print(f"\n{last_line(error)}", file=sys.stderr, flush=True)  # another rank may have left a progress bar
-            return 1
+        rank, failure = error.get_first_failure()
+        return last_line(rank, failure.message, failure.exitcode)
     except SignalException as error:
         received.append(error.sigval)
-    if received:
-        print(
-            f"stopped by {signal.Signals(received[0]).name}: the same command continues the run",
-            file=sys.stderr,
-            flush=True,
+    return None
+
+
+def run_alone(command: list[str], received: list[int]) -> str | None:
+    """`python *command` as the only rank, which needs no store and no port to meet others. Returns as run_agent."""
+    share_cores(1)
+    with tempfile.TemporaryDirectory(prefix="accessory-") as directory:
+        file = Path(directory, "error.json")
+        process = subprocess.Popen(
+            [sys.executable, "-u", *command], env=os.environ | {"TORCHELASTIC_ERROR_FILE": str(file)}
         )
-        return 128 + received[0]
-    return 0
+        if received:  # before there was a process to pass it on to
+            process.terminate()
+        code = process.wait()
+        if code == STOPPED and not received:
+            received.append(signal.SIGTERM)
+        message = json.loads(file.read_text())["message"] if file.exists() else None
+    return last_line(0, message, code) if code else None
+
+
+def share_cores(ranks: int) -> None:
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        os.environ["OMP_NUM_THREADS"] = str(max(1, cores // ranks))
 
 
 def pass_on(number: int, received: list[int]) -> None:
@@ -66,19 +101,17 @@ def pass_on(number: int, received: list[int]) -> None:
                 os.kill(int(worker), signal.SIGTERM if len(received) == 1 else signal.SIGKILL)
 
 
-def last_line(error) -> str:
-    """The message of the rank that failed first; for a rank that died without a word, how it died."""
-    rank, failure = error.get_first_failure()
-    message = failure.message
+def last_line(rank: int, message: Any, code: int) -> str:
+    """What the rank that failed first said; for a rank that died without a word, how it died."""
     if isinstance(message, dict):
         message = message.get("message", json.dumps(message))
     if isinstance(message, str) and message.startswith("error: "):
         return message
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
+    if code < 0:
+        name = signal.Signals(-code).name
         hint = " (often: out of memory)" if name == "SIGKILL" else ""
         return f"error: rank {rank} was ended by {name}{hint}: see its output above; the last complete checkpoint is intact"
-    return f"error: rank {rank} failed with exit code {failure.exitcode}: its traceback is above"
+    return f"error: rank {rank} failed with exit code {code}: its traceback is above"
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""Flags: what is read, what is refused and in which words; and how a failed run ends, alone and under accessory.launch."""
+"""Flags: what is read, what is refused and in which words. How a failed run ends, alone; under accessory.launch: test_launch.py."""
 
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import textwrap
@@ -267,100 +266,3 @@ def test_a_tools_help() -> None:
         and "--src STR [--size 3] [--dtype None] [--flat False]" in done.stdout
         and "Turns src." in done.stdout
     )
-
-
-# --- accessory.launch: tiny workers without torch ----------------------------------------------------------------------
-
-WORKER = """
-import os, signal, sys, time
-from accessory import config
-rank, kind = int(os.environ["RANK"]), sys.argv[1]
-if kind == "one wrong beside a bar" and rank == 0:
-    os.write(2, b"\\rtokenise:   0%|          | 0/30")
-open(f"{sys.argv[2]}/pid-{rank}", "w").write(str(os.getpid()))
-os.write(1, f"rank {rank} of {os.environ['WORLD_SIZE']} threads {os.environ['OMP_NUM_THREADS']}\\n".encode())  # in one piece
-while not all(os.path.exists(f"{sys.argv[2]}/pid-{r}") for r in (0, 1)):
-    time.sleep(0.01)
-def work():
-    if kind == "both wrong" or kind.startswith("one wrong") and rank == 1:
-        raise ValueError("--lr -1: expected a rate above 0")
-    if kind == "bug" and rank == 0:
-        raise KeyError("ours")
-    if kind == "killed" and rank == 1:
-        os.kill(os.getpid(), signal.SIGKILL)
-    if kind == "stopped":
-        def leave(*_):
-            open(f"{sys.argv[2]}/saved-{rank}", "w").close()
-            sys.exit(0)
-        signal.signal(signal.SIGTERM, leave)
-        open(f"{sys.argv[2]}/ready-{rank}", "w").close()
-    if kind != "fine":
-        time.sleep(60)
-try:
-    work()
-except ValueError as error:
-    config.fail(error)
-"""
-
-
-def launch(tmp_path: Path, kind: str) -> subprocess.Popen:
-    (tmp_path / "worker.py").write_text(WORKER)
-    environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | {"PYTHONPATH": str(ROOT)}
-    argv = [
-        sys.executable,
-        "-m",
-        "accessory.launch",
-        "--nproc_per_node",
-        "2",
-        str(tmp_path / "worker.py"),
-        kind,
-        str(tmp_path),
-    ]
-    return subprocess.Popen(argv, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def alive(tmp_path: Path) -> list[int]:
-    """Ranks whose process is still there."""
-    pids = [int(p.read_text()) for p in sorted(tmp_path.glob("pid-*"))]
-    assert len(pids) == 2
-    return [rank for rank, pid in enumerate(pids) if Path(f"/proc/{pid}").exists()]
-
-
-@pytest.mark.parametrize(
-    "kind, code, last, traceback",
-    [
-        ("fine", 0, None, False),
-        ("both wrong", 1, r"error: --lr -1: expected a rate above 0", False),
-        ("one wrong", 1, r"error: --lr -1: expected a rate above 0", False),
-        ("one wrong beside a bar", 1, r"error: --lr -1: expected a rate above 0", False),
-        ("bug", 1, r"error: rank 0 failed with exit code 1: its traceback is above", True),
-        ("killed", 1, r"error: rank 1 was ended by SIGKILL \(often: out of memory\): .*", False),
-    ],
-)
-def test_a_run_ends_with_one_line(tmp_path: Path, kind: str, code: int, last: str | None, traceback: bool) -> None:
-    process, start = launch(tmp_path, kind), time.monotonic()
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code and alive(tmp_path) == [], err
-    assert time.monotonic() - start < 50
-    threads = max(1, len(os.sched_getaffinity(0)) // 2)
-    assert sorted(out.splitlines()) == [f"rank {r} of 2 threads {threads}" for r in (0, 1)]
-    lines = [line for line in err.splitlines() if line and "|" not in line]  # the message begins a line of its own
-    assert ("Traceback" in err) == traceback
-    if traceback:
-        assert lines[-2] == "KeyError: 'ours'"
-    else:
-        assert len(lines) == (1 if last else 0), err
-    assert last is None or re.fullmatch(last, lines[-1]), err
-
-
-def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
-    process = launch(tmp_path, "stopped")
-    for _ in range(600):
-        if len(list(tmp_path.glob("ready-*"))) == 2:
-            break
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
-    _, err = process.communicate(timeout=60)
-    assert len(list(tmp_path.glob("saved-*"))) == 2 and alive(tmp_path) == []
-    assert process.returncode == 128 + signal.SIGTERM
-    assert err.splitlines() == ["stopped by SIGTERM: the same command continues the run"]
