@@ -1,28 +1,38 @@
 """The least time of a training step on one CPU thread:
 python -m bench.ceiling full_ft|lora|sft|sft_fp32 [--precision bf16|fp32] [--peer NAME=MS ..]
 
-    floor   = every product of a step, in its fastest layout, + attention + softmax + fused AdamW      each alone, caches warm
+    floor   = every product of a step, in its fastest layout, + attention + softmax + silu + a pass for whatever else a layer
+              does + what is done to every weight once a step                                                  each alone
     ceiling = a peer's unit / floor: no program made of these parts can be so many times faster than the peer
 
-All parts are timed in one run, one after the other, by CPU time; the least of several passes counts. Not in the floor, though
-every program has it: norms, rotary embedding, silu, casts of weights, sums of gradients, clipping, data. NAME=MS: a unit of the
-row as `python -m bench.run ROW --threads 1` prints it. Attention is the fastest of flash and accessory/model/blocks.py, softmax
-one pass in fp32 over a block in the caches. Test: tests/unit/test_ceiling.py
+All parts are timed in one run, one after the other, by CPU time; the least of several passes counts. Weights and their gradients
+lie in memory, as in a step, in which every cache has been through all the others meanwhile; what a layer computes lies in the
+caches. Not in the floor, though every program has it: fresh memory, sums over chunks, data, the interpreter. NAME=MS: a unit of
+the row as `python -m bench.run ROW --threads 1` prints it. Test: tests/unit/test_ceiling.py
+
+    attention   the faster of flash and accessory/model/blocks.py, forward and backward
+    softmax     of the head's logits, one pass in fp32 over a block in the caches
+    silu        forward and backward, the products with it for nothing
+    passes      norms, residuals and rotary embedding: each reads its input once and writes its result once, both ways
+    weights     casts from fp32 and of the gradients to it, the embedding's gradient cleared, the gradients' norm, fused AdamW;
+                or the last three in 16 bit where that takes less
 """
 
 import argparse
 import functools
 import itertools
 from dataclasses import dataclass
-from typing import Any, Callable
+from typing import Any, Callable, Iterator
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from bench import measure, workload
 from bench.rows import full_ft, sft
 
 LAYOUTS = [(a, b) for a in (False, True) for b in (False, True)]  # is an operand held transposed?
+BEYOND_CACHES = 2**27  # bytes
 
 
 @dataclass(frozen=True)
@@ -53,8 +63,9 @@ def linears(sizes: dict[str, Any]) -> list[tuple[int, int]]:
     return [(dim, dim), (dim, kv), (dim, kv), (dim, dim), (dim, ffn), (dim, ffn), (ffn, dim)]
 
 
-def products(sizes: dict[str, Any], step: Step, rank: int = 0) -> list[tuple[int, int, int]]:
-    """All of a step, (m, k, n). With a rank the base is frozen and each linear of the layers has an adapter."""
+def products(sizes: dict[str, Any], step: Step, rank: int = 0) -> list[tuple[int, int, int, bool]]:
+    """All of a step, (m, k, n) and whether the result is a weight's gradient; if not, the second operand is a weight. With a
+    rank the base is frozen and each linear of the layers has an adapter."""
     found, trained = [], not rank
     for rows, k, n in [(step.tokens, *w) for w in linears(sizes)] * sizes["n_layers"]:
         found += _of_linear(rows, k, n, trained)
@@ -63,9 +74,9 @@ def products(sizes: dict[str, Any], step: Step, rank: int = 0) -> list[tuple[int
     return found + _of_linear(step.learnt, sizes["dim"], sizes["vocab_size"], trained)
 
 
-def _of_linear(rows: int, k: int, n: int, trained: bool) -> list[tuple[int, int, int]]:
+def _of_linear(rows: int, k: int, n: int, trained: bool) -> list[tuple[int, int, int, bool]]:
     """Forward, the input's gradient, the weight's."""
-    return [(rows, k, n), (rows, n, k)] + [(n, rows, k)] * trained
+    return [(rows, k, n, False), (rows, n, k, False)] + [(n, rows, k, True)] * trained
 
 
 def least(call: Callable[[], Any], passes: int = 5, seconds: float = 0.05) -> float:
@@ -84,17 +95,27 @@ def least(call: Callable[[], Any], passes: int = 5, seconds: float = 0.05) -> fl
 
 
 @functools.cache
-def product_ms(dtype: torch.dtype, m: int, k: int, n: int) -> float:
-    def drawn(a: bool, b: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        return _drawn(dtype, m, k, a), _drawn(dtype, k, n, b)
-
-    out = torch.empty(m, n, dtype=dtype)
-    return min(least(functools.partial(torch.mm, *drawn(a, b), out=out), 3) for a, b in LAYOUTS)
+def product_ms(dtype: torch.dtype, m: int, k: int, n: int, of_weight: bool) -> float:
+    return min(_product_ms(dtype, m, k, n, of_weight, *layout) for layout in LAYOUTS)
 
 
-def _drawn(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> torch.Tensor:
+def _product_ms(dtype: torch.dtype, m: int, k: int, n: int, of_weight: bool, a: bool, b: bool) -> float:
+    left, right, out = _drawn(dtype, m, k, a), _drawn(dtype, k, n, b), torch.empty(m, n, dtype=dtype)
+    weights = in_turn(out if of_weight else right)
+    if of_weight:
+        return least(lambda: torch.mm(left, right, out=next(weights)), 3)
+    return least(lambda: torch.mm(left, next(weights), out=out), 3)
+
+
+def _drawn(dtype: torch.dtype, rows: int, columns: int, turned: bool) -> Tensor:
     matrix = torch.randn(rows, columns).to(dtype)
     return matrix.t().contiguous().t() if turned else matrix
+
+
+def in_turn(tensor: Tensor) -> Iterator[Tensor]:
+    """Copies of it for ever, so many that each has left the caches when its turn comes again."""
+    count = 1 + BEYOND_CACHES // (tensor.numel() * tensor.element_size())
+    return itertools.cycle([tensor.clone() for _ in range(count)])
 
 
 def attention_ms(dtype: torch.dtype, lengths: tuple[int, ...], heads: int, kv: int, size: int) -> float:
@@ -123,14 +144,42 @@ def softmax_ms(rows: int, vocab: int) -> float:
     return least(lambda: torch.softmax(block, 1, out=out)) * rows / len(block)
 
 
-def adamw_ms(sizes: dict[str, Any], rank: int) -> float:
+def silu_ms(dtype: torch.dtype, rows: int, width: int) -> float:
+    x, g, out = (torch.randn(rows, width).to(dtype) for _ in range(3))
+    forward = least(lambda: torch.ops.aten.silu.out(x, out=out))
+    return forward + least(lambda: torch.ops.aten.silu_backward.grad_input(g, x, grad_input=out))
+
+
+def passes_ms(dtype: torch.dtype, sizes: dict[str, Any], rows: int) -> float:
+    """Of one step: each norm with its residual, and the rotary embedding of q and k; forward and backward."""
+    layers, dim, kv = sizes["n_layers"], sizes["dim"], sizes["dim"] // sizes["n_heads"] * sizes["n_kv_heads"]
+    x, out = (torch.randn(rows, dim + kv).to(dtype) for _ in range(2))
+    one = least(lambda: out[:, :dim].copy_(x[:, :dim]))
+    return 2 * ((2 * layers + 1) * one + layers * least(lambda: out.copy_(x)))
+
+
+def weights_ms(sizes: dict[str, Any], rank: int, dtype: torch.dtype) -> float:
+    """Of one step: what is done to all that is trained, or to its gradient, but for products."""
     shapes = [s for k, n in linears(sizes) for s in ([(rank, k), (n, rank)] if rank else [(n, k)])] * sizes["n_layers"]
-    if not rank:
-        shapes += [(sizes["vocab_size"], sizes["dim"])] * 2
-    held = [torch.zeros(s).requires_grad_() for s in shapes]
+    shapes += [(sizes["vocab_size"], sizes["dim"])] * (0 if rank else 2)
+    masters = [torch.zeros(s) for s in shapes]
+    if dtype == torch.float32:
+        return _update_ms(masters, not rank)
+    half = [w.to(dtype) for w in masters]
+    casts = least(lambda: [h.copy_(w) for h, w in zip(half, masters)])
+    casts += least(lambda: [w.copy_(h) for h, w in zip(half, masters)])
+    return min(casts + _update_ms(masters, not rank), _update_ms(half, not rank))
+
+
+def _update_ms(held: list[Tensor], embedding: bool) -> float:
     for p in held:
-        p.grad = torch.zeros_like(p)
-    return least(torch.optim.AdamW(held, fused=True).step)
+        p.requires_grad_().grad = torch.zeros_like(p)
+    gradients = [p.grad for p in held]
+    told = least(lambda: torch._foreach_norm(gradients)) + least(torch.optim.AdamW(held, fused=True).step)
+    if not embedding:
+        return told
+    tables = in_turn(gradients[-1])
+    return told + least(lambda: next(tables).zero_())
 
 
 def parts(row: str, sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
@@ -141,7 +190,9 @@ def parts(row: str, sizes: dict[str, Any], dtype: torch.dtype = torch.bfloat16) 
         "products": sum(product_ms(dtype, *p) for s in steps for p in products(sizes, s, rank)),
         "attention": sizes["n_layers"] * sum(attention_ms(dtype, s.lengths, heads, kv, size) for s in steps),
         "softmax": sum(softmax_ms(s.learnt, sizes["vocab_size"]) for s in steps),
-        "AdamW": len(steps) * adamw_ms(sizes, rank),
+        "silu": sizes["n_layers"] * sum(silu_ms(dtype, s.tokens, sizes["hidden_dim"]) for s in steps),
+        "passes": sum(passes_ms(dtype, sizes, s.tokens) for s in steps),
+        "weights": len(steps) * weights_ms(sizes, rank, dtype),
     }
     units = sft.UNITS if row.startswith("sft") else 1
     return {k: v / units for k, v in told.items()}
