@@ -155,7 +155,10 @@ def close_pool(broken: bool = False) -> None:
 class Pool:
     """Workers that wait on a pipe each. A server imports torch once and forks them: quicker than four imports."""
 
-    PRELOAD = ("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fairscale.nn.model_parallel.layers")
+    PRELOAD = (
+        *("torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "fairscale.nn.model_parallel.layers"),
+        *("torch._dynamo", "torch._inductor", "torch.distributed.tensor"),  # which the first optimizer imports
+    )
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("forkserver")
