@@ -1,8 +1,15 @@
 """Fixtures for every test; the functions behind them are in tests/helpers.py."""
 
+import gc
+
 import pytest
 
 from tests import helpers
+
+
+def pytest_collection_finish():
+    """What was imported by now stays; each collection of garbage would go through all of it."""
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

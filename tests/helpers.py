@@ -16,6 +16,7 @@ Fixtures are in tests/conftest.py. The pool itself is tested in tests/dist/test_
 """
 
 import functools
+import gc
 import io
 import json
 import multiprocessing
@@ -215,6 +216,7 @@ _pool: Pool | None = None
 def _serve(pipe: Connection) -> None:
     """A worker's life: one call after another. After an exception it reports and waits for its end."""
     torch.set_num_threads(1)
+    gc.freeze()  # all that was imported, which each collection would go through again, a third of a second
     while True:
         try:
             request = pipe.recv_bytes()
