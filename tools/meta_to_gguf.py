@@ -10,8 +10,9 @@ from accessory.checkpoint.formats import Checkpoint, open_checkpoint
 from accessory.checkpoint.formats_read import read_json
 from accessory.checkpoint.gguf_write import dtype_of, new_file, write_gguf
 from accessory.config import run_tool
+from accessory.data import carried
 from accessory.tokenizer import Tokenizer
-from accessory.weights.gguf_vocab import is_sentencepiece, vocabulary
+from accessory.weights.gguf_vocab import is_sentencepiece, notes, vocabulary
 from accessory.weights.report import mapping_lines
 
 
@@ -27,21 +28,23 @@ def main(*, src: str, dst: str, dtype: str | None = None, tokenizer_path: str | 
         raise ValueError(f"--src {src} holds LoRA weights: merge them into the model with tools/merge_lora.py")
     dtype = dtype_of(dtype, checkpoint.source)
     with new_file(dst) as file:
-        words = vocabulary_of(checkpoint, tokenizer_path)
+        words, trained_in = vocabulary_of(checkpoint, tokenizer_path)
+        said = notes(words, trained_in)
         name = Path(src).resolve().name.removesuffix(".gguf")
         mapped = write_gguf(file, checkpoint.source, checkpoint.params, words, dtype, name, show_progress=True)
     print(*mapping_lines(mapped), sep="\n")
     window = checkpoint.params.get("sliding_window")
     if window:
         print(f"sliding_window {window} is left out: llama.cpp attends to the whole text")
-    print(f"{dst}: {len(mapped)} tensors in {dtype}, {len(words['ggml.tokens'])} tokens")
+    print(*said, f"{dst}: {len(mapped)} tensors in {dtype}, {len(words['ggml.tokens'])} tokens", sep="\n")
 
 
-def vocabulary_of(checkpoint: Checkpoint, tokenizer_path: str | None) -> dict[str, Any]:
-    """GGUF's keys of the tokenizer: of --tokenizer_path, of the GGUF file itself, or of the file beside the weights."""
+def vocabulary_of(checkpoint: Checkpoint, tokenizer_path: str | None) -> tuple[dict[str, Any], str | None]:
+    """GGUF's keys of the tokenizer: of --tokenizer_path, of the GGUF file itself, or of the file beside the weights; and
+    the template that the model was trained in by name, which is in template.json."""
     inside = {k.removeprefix("tokenizer."): v for k, v in checkpoint.metadata.items() if k.startswith("tokenizer.")}
     if inside and not tokenizer_path:
-        return inside
+        return inside, None
     if not tokenizer_path and not checkpoint.tokenizer:
         raise ValueError(f"{checkpoint.path} has no tokenizer: give the model's with --tokenizer_path FILE")
     tokenizer = Tokenizer.open(tokenizer_path or checkpoint.tokenizer)
@@ -53,7 +56,10 @@ def vocabulary_of(checkpoint: Checkpoint, tokenizer_path: str | None) -> dict[st
     if template.is_file():
         beside["chat_template"] = template.read_text()
     rows = checkpoint.source.shape("tok_embeddings.weight")[0]
-    return vocabulary(tokenizer, tokenizer.path.read_bytes(), beside, rows)
+    record = tokenizer.path.with_name(carried.FILE)
+    trained_in = carried.read(record) if record.is_file() else {"chat_template": ""}
+    words = vocabulary(tokenizer, tokenizer.path.read_bytes(), beside, rows)
+    return words, None if "chat_template" in trained_in else trained_in["template"]
 
 
 if __name__ == "__main__":

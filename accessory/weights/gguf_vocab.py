@@ -14,10 +14,11 @@ from typing import Any
 
 from accessory import sentencepiece_proto
 from accessory.sentencepiece_proto import BPE, CONTROL, NORMAL, UNUSED, USER_DEFINED
-from accessory.weights.gguf_tokenizer import NORMALIZERS, PRE_TOKENIZERS, WHOLE_WORDS
+from accessory.weights.gguf_tokenizer import ALIASES, NORMALIZERS, PRE_TOKENIZERS, WHOLE_WORDS
 
 # Added tokens that are control tokens whatever the file calls them.
 SPECIAL_LOOK = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<unused.*>", re.DOTALL)
+UNNAMED_EOS = {"gpt2": 11, "llama": 2}  # what llama.cpp takes for EOS where a file names none
 ENDS_A_TURN = {"eot_token_id": ("<|eot_id|>", "<|im_end|>"), "eom_token_id": ("<|eom_id|>",)}
 Token = tuple[str, int, float]  # text, type, score (of sentencepiece)
 
@@ -49,6 +50,53 @@ def vocabulary(tokenizer: Any, raw: bytes, beside: dict[str, Any], rows: int) ->
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if t.get("name") == "default"), None)
     return {f"ggml.{k}": v for k, v in keys.items()} | ({"chat_template": template} if template else {})
+
+
+def notes(vocabulary: dict[str, Any], trained_in: str | None = None) -> list[str]:
+    """Lines on what llama.cpp does otherwise with these keys. `trained_in`: the name of a template, which GGUF cannot say.
+
+    Raises ValueError as `differences` does."""
+    lines = [f"llama.cpp gives other token ids for {what}" for what in differences(vocabulary)]
+    asked_in = "the chat template beside the tokenizer" if "chat_template" in vocabulary else "ChatML"
+    remedy = "put a chat_template.jinja beside the tokenizer, or send whole prompts"
+    if trained_in:
+        lines.append(
+            f"trained in the template {trained_in}; llama.cpp's chat asks in {asked_in}: if they differ, {remedy}"
+        )
+    elif "chat_template" not in vocabulary:
+        lines.append(f"no chat template: llama.cpp's chat asks in {asked_in}: {remedy}")
+    return lines
+
+
+def differences(vocabulary: dict[str, Any]) -> list[str]:
+    """The texts that llama.cpp cuts otherwise than the tokenizer these keys were made of.
+
+    Raises ValueError for what llama.cpp would end with: itself, or every answer at an ordinary token."""
+    get = lambda key, default=None: vocabulary.get(f"ggml.{key}", default)  # noqa: E731
+    kind, tokens, types = get("model"), get("tokens"), get("token_type") or ()
+    if get("eos_token_id") is None and (eos := UNNAMED_EOS.get(kind, len(tokens))) < len(tokens):
+        raise ValueError(
+            f"the tokenizer names no EOS, and llama.cpp would end every answer at token {eos}, {tokens[eos]!r}: name one "
+            "as eos_token in a tokenizer_config.json beside the tokenizer"
+        )
+    lines = []
+    if kind == "gpt2" and ALIASES.get(get("pre"), get("pre")) in NORMALIZERS:
+        lines.append("text that is not NFC (e and an accent as two characters)")
+    if kind != "llama":
+        return lines
+    listed = set(tokens)
+    if any(f"<0x{b:02X}>" not in listed and not (b < 128 and chr(b) in listed) for b in range(256)):
+        raise ValueError(
+            "the sentencepiece model has no tokens for single bytes, and llama.cpp ends at the first character that is "
+            "none of its pieces: train it with --byte_fallback true, or export to Hugging Face instead"
+        )
+    if get("precompiled_charsmap"):
+        lines.append("characters that the sentencepiece model replaces (full width, ligatures)")
+    if get("remove_extra_whitespaces"):
+        lines.append("repeated spaces, and those at the ends, which the sentencepiece model takes away")
+    if USER_DEFINED in types and get("add_space_prefix", True):
+        lines.append("what follows a user-defined piece, where llama.cpp puts a space")
+    return lines
 
 
 def _added_beside(beside: dict[str, Any]) -> dict[int, Token]:

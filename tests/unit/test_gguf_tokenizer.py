@@ -12,7 +12,7 @@ from accessory import sentencepiece_proto
 from accessory.checkpoint.formats_read import GGUFFile
 from accessory.tokenizer import Tokenizer
 from accessory.weights import gguf_tokenizer
-from accessory.weights.gguf_vocab import byte_letters, pre_tokenizer_name, vocabulary
+from accessory.weights.gguf_vocab import byte_letters, differences, pre_tokenizer_name, vocabulary
 
 ASSETS = Path(__file__).resolve().parents[2].parent / "shared/assets"
 TEXTS = [
@@ -150,6 +150,43 @@ def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path, where: str) -
     for text in ("a[PAD]b<|im_end|>", "ab a user a"):
         assert back.encode(text) == ours.encode(text)
         assert back.encode_with_specials(text) == ours.encode_with_specials(text)
+
+
+def test_what_llama_cpp_cuts_otherwise_is_said_and_what_ends_it_is_refused(tmp_path: Path) -> None:
+    """Found by asking llama.cpp: it neither normalises nor takes spaces away, puts a space after user-defined pieces, and
+    takes token 2 or 11 for EOS where none is named; a character without a token of its own or its bytes ends it."""
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{b:02X}>" for b in range(256)), "▁", "a", " user "]
+    good = {"model": "llama", "tokens": tokens, "token_type": [2, 3, 3, *[6] * 256, 1, 1, 1], "eos_token_id": 2}
+
+    def said(**changes) -> list[str]:
+        return differences({f"ggml.{k}": v for k, v in (good | changes).items()})
+
+    assert said() == []
+    others = {
+        "precompiled_charsmap": b"x",
+        "remove_extra_whitespaces": True,
+        "token_type": [*good["token_type"][:-1], 4],
+    }
+    assert [line.split(",")[0] for line in said(**others)] == [
+        "characters that the sentencepiece model replaces (full width",
+        "repeated spaces",
+        "what follows a user-defined piece",
+    ]
+    assert len(said(**others, add_space_prefix=False)) == 2
+    with pytest.raises(ValueError, match=r"names no EOS, and llama.cpp would end every answer at token 2, '</s>'"):
+        said(eos_token_id=None)
+    spelled = [t.replace("<0x61>", "[PAD7]") for t in tokens]  # "a" is there by itself
+    assert said(tokens=spelled) == []
+    for missing in (tokens[:258], [t.replace("<0xFF>", "[PAD7]") for t in tokens], tokens[:3] + tokens[259:]):
+        with pytest.raises(ValueError, match="no tokens for single bytes, .* --byte_fallback true"):
+            said(tokens=missing)
+    for style in STYLES:
+        keys = keys_of(train(tmp_path / style, *STYLES[style]), beside={"eos_token": "<|im_end|>"})
+        keys = {k.removeprefix("tokenizer."): v for k, v in keys.items()}
+        assert [line[:20] for line in differences(keys)] == (["text that is not NFC"] if style == "qwen2" else [])
+        del keys["ggml.eos_token_id"]
+        with pytest.raises(ValueError, match="end every answer at token 11, "):
+            differences(keys)
 
 
 @needs_assets

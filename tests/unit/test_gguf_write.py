@@ -12,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from accessory.checkpoint import gguf_write
 from accessory.checkpoint.formats import open_checkpoint
 from accessory.checkpoint.formats_write import write_meta
+from accessory.data import carried
 from accessory.model import Transformer, rope
 from accessory.model.args import ModelArgs
 from accessory.weights import TensorSource, expected_shapes, hf
@@ -379,6 +380,39 @@ def test_what_cannot_be_exported_is_refused_and_leaves_nothing(tmp_path: Path, m
 def test_models_that_llama_cpp_has_no_place_for(keys: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         layout.metadata_from_args(make(**keys))
+
+
+def test_what_llama_cpp_will_do_otherwise_is_said(tmp_path: Path, capsys) -> None:
+    write_checkpoint(tmp_path / "in", make())
+    config = tmp_path / "in/tokenizer_config.json"
+    said = json.loads(config.read_text())
+
+    def notes(name: str) -> list[str]:
+        capsys.readouterr()
+        meta_to_gguf.main(src=str(tmp_path / "in"), dst=str(tmp_path / f"{name}.gguf"))
+        return [line for line in capsys.readouterr().out.splitlines() if "llama.cpp" in line]
+
+    assert notes("plain") == []
+    (tmp_path / "in/template.json").write_text(json.dumps({"template": "alpaca", "sequences": {"alpaca": 3}}))
+    (line,) = notes("alpaca")
+    assert line.startswith("trained in the template alpaca; llama.cpp's chat asks in the chat template beside")
+    del said["chat_template"]
+    config.write_text(json.dumps(said))
+    (line,) = notes("without")
+    assert line.startswith("trained in the template alpaca; llama.cpp's chat asks in ChatML")
+    record = {"template": "checkpoint", "chat_template": "{{ messages }}", "sequences": {"checkpoint": 3}}
+    carried.write(record, tmp_path / "in")
+    assert notes("jinja") == []
+    for file in ("template.json", "chat_template.jinja"):
+        (tmp_path / "in" / file).unlink()
+    (line,) = notes("neither")
+    assert line.startswith("no chat template: llama.cpp's chat asks in ChatML")
+    config.write_text("{}")
+    tokenizer = json.loads((tmp_path / "in/tokenizer.json").read_text())
+    (tmp_path / "in/tokenizer.json").write_text(json.dumps(tokenizer | {"added_tokens": []}))
+    with pytest.raises(ValueError, match="the tokenizer names no EOS, .* eos_token in a tokenizer_config.json beside"):
+        notes("endless")
+    assert not (tmp_path / "endless.gguf").exists()
 
 
 def test_names_go_both_ways() -> None:
