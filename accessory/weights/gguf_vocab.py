@@ -20,6 +20,7 @@ from accessory.weights.gguf_tokenizer import ALIASES, NORMALIZERS, PRE_TOKENIZER
 SPECIAL_LOOK = re.compile(r"<\|.*\|>|<｜.*｜>|<pad>|<mask>|<unused.*>", re.DOTALL)
 UNNAMED_EOS = {"gpt2": 11, "llama": 2}  # what llama.cpp takes for EOS where a file names none
 ENDS_A_TURN = {"eot_token_id": ("<|eot_id|>", "<|im_end|>"), "eom_token_id": ("<|eom_id|>",)}
+BELOW_ZERO = -(2.0**-100)
 Token = tuple[str, int, float]  # text, type, score (of sentencepiece)
 
 
@@ -143,7 +144,17 @@ def _sentencepiece(tokenizer: Any, raw: bytes) -> tuple[dict[int, Token], dict[s
         keys["precompiled_charsmap"] = model.charsmap
     if model.ids["unk"] >= 0:
         keys["unknown_token_id"] = model.ids["unk"]
-    return dict(enumerate(zip(texts, model.types, model.scores))), keys
+    return dict(enumerate(zip(texts, model.types, _told_apart(model)))), keys
+
+
+def _told_apart(model: sentencepiece_proto.SentencePieceModel) -> list[float]:
+    """The scores; -0.0 a little below 0.0 where pieces have the one and others the other.
+
+    The best piece of a trained model has -0.0, those that were appended to it 0.0. To sentencepiece (0.2.3) that is less,
+    to llama.cpp the same, and of the same it takes the one further left."""
+    pieces = [(score, kind == NORMAL and str(score)) for score, kind in zip(model.scores, model.types)]
+    both = {"0.0", "-0.0"} <= {said for _, said in pieces}
+    return [BELOW_ZERO if both and said == "-0.0" else score for score, said in pieces]
 
 
 def _byte_level(tokenizer: Any, raw: bytes) -> tuple[dict[int, Token], dict[str, Any]]:

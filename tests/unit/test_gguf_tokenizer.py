@@ -152,6 +152,22 @@ def test_tokens_added_beside_a_sentencepiece_model(tmp_path: Path, where: str) -
         assert back.encode_with_specials(text) == ours.encode_with_specials(text)
 
 
+def test_scores_below_zero_and_zero_are_told_apart(tmp_path: Path) -> None:
+    """sentencepiece takes a piece of 0.0 before one of -0.0; llama.cpp would take the one further left."""
+    path = tmp_path / "tokenizer.model"
+    pieces = ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab"]
+    types = [2, 3, 3, 1, 1, 1, 1, 1]
+    for last, wanted in ((0.0, ["▁", "ab"]), (-0.0, ["▁a", "b"])):
+        scores = [0.0, 0.0, 0.0, -4.0, -2.0, -3.0, -0.0, last]
+        path.write_bytes(sentencepiece_proto.write(small_sentencepiece(pieces=pieces, scores=scores, types=types)))
+        ours, keys = Tokenizer.open(path), keys_of(path)
+        assert [pieces[i] for i in ours.encode("ab")] == wanted
+        *_, base, appended = keys["tokenizer.ggml.scores"]
+        assert (base < appended) == (wanted == ["▁", "ab"]) and -1e-9 < base <= 0 and appended == 0
+        assert keys["tokenizer.ggml.scores"][:6] == scores[:6]
+        assert rebuilt(keys, tmp_path / "out").encode("ab") == ours.encode("ab")
+
+
 def test_what_llama_cpp_cuts_otherwise_is_said_and_what_ends_it_is_refused(tmp_path: Path) -> None:
     """Found by asking llama.cpp: it neither normalises nor takes spaces away, puts a space after user-defined pieces, and
     takes token 2 or 11 for EOS where none is named; a character without a token of its own or its bytes ends it."""
