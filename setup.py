@@ -12,7 +12,7 @@ GGUF = ["gguf", "tokenizers"]
 TENSORBOARD = ["tensorboard"]
 CORPUS = ["pyarrow", "zstandard"]
 PLOT = ["matplotlib"]
-TEST = ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "psutil", "transformers", "peft"]
+TEST = ["pytest", "pytest-timeout", "pytest-xdist", "ruff", "hypothesis", "psutil", "transformers", "peft", "xllamacpp"]
 
 setup(
     name="accessory",

@@ -110,7 +110,7 @@ setup_space() {
 
 setup_install() {                                      # fills the environment $python of $setup_prefix
   local rest="65 MB" pins=$setup_prefix/accessory-constraints.txt torch='from importlib.metadata import version; print(version("torch"))' kept looser=""
-  [ "$setup_level" = run ] || rest="190 MB"
+  [ "$setup_level" = run ] || rest="225 MB"
   rm -f "$setup_prefix"/.accessory-*                   # from here to the end nothing is complete
   "$python" -m pip --version >/dev/null 2>&1 || setup_fail "$python has no pip: run '$python -m ensurepip', and this again"
   if setup_has_torch "$python" import; then
