@@ -73,6 +73,11 @@ def _llama3_scaling(factors: Tensor, where: object, head_dim: int, theta: float)
         raise ValueError(f"{where}: {ROPE_FACTORS} has shape {tuple(factors.shape)}, but the head dim is {head_dim}")
     scaling = {"rope_type": "llama3", "factor": shortest(float(factors.max())), "low_freq_factor": 1.0}
     scaling |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+    between = (factors > 1) & (factors < scaling["factor"])
+    if between.any():  # each of these tells the length: rope_factors, solved for it
+        wavelengths = 2 * math.pi * theta ** (torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+        smooth = (1 / factors.double() - 1 / scaling["factor"]) / (1 - 1 / scaling["factor"])
+        scaling["original_max_position_embeddings"] = round(float((wavelengths * (3 * smooth + 1))[between].median()))
     if not torch.allclose(rope_factors(head_dim, theta, scaling), factors, rtol=1e-3):
         raise ValueError(f"{where}: {ROPE_FACTORS} is not Llama 3.1's scaling: not supported")
     return scaling

@@ -190,6 +190,7 @@ SCALINGS = {
         },
     ),
     "llama3": (LLAMA3, {}),
+    "llama3, of a shorter text": (LLAMA3 | {"factor": 4.0, "original_max_position_embeddings": 1000}, {}),
 }
 
 
@@ -200,10 +201,11 @@ def test_scaled_rope_there_and_back(tmp_path: Path, scaling: dict, keys: dict) -
     meta_to_gguf.main(src=str(tmp_path / "in"), dst=str(tmp_path / "m.gguf"))
     metadata, found = reader_of(tmp_path / "m.gguf")
     assert {k[len("llama.rope.scaling.") :]: v for k, v in metadata.items() if ".scaling." in k} == keys
-    assert ("rope_freqs.weight" in found) == (scaling is LLAMA3)
+    assert ("rope_freqs.weight" in found) == (scaling["rope_type"] == "llama3")
     back = ModelArgs.from_dict(open_checkpoint(tmp_path / "m.gguf").params)
     ours, theirs = (rope.frequencies(64, 500000.0, a.rope_scaling) for a in (args, back))
     assert torch.equal(ours[0], theirs[0]) and ours[1] == pytest.approx(theirs[1], rel=1e-6)
+    assert back.rope_scaling["factor"] == scaling["factor"]
 
 
 def test_a_yarn_ramp_that_llama_cpp_would_not_read_is_refused(tmp_path: Path) -> None:
