@@ -50,6 +50,8 @@ def vocabulary(tokenizer: Any, raw: bytes, beside: dict[str, Any], rows: int) ->
     template = beside.get("chat_template")
     if isinstance(template, list):  # several, by name
         template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    if template and "bos_token" in template and "bos_token_id" not in keys:
+        template = "{% set bos_token = '' %}" + template  # llama.cpp would put its token 1 or 11 there, an ordinary one
     return {f"ggml.{k}": v for k, v in keys.items()} | ({"chat_template": template} if template else {})
 
 

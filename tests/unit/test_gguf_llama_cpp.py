@@ -273,3 +273,10 @@ def test_a_chat(tmp_path: Path, template: str) -> None:
             ids = [tokenizer.bos_id, *tokenizer.encode_with_specials(words.removeprefix("<s>"))]
             ended = ("length", len(ids), 5) if always == "<|im_start|>" else ("stop", len(ids), 1)
             assert theirs.chat(messages, max_tokens=5) == ended
+
+
+def test_a_template_with_a_bos_that_the_tokenizer_has_not(tmp_path: Path) -> None:
+    train(tmp_path / "m", *STYLES["gpt-2"])
+    (tmp_path / "m/chat_template.jinja").write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}")
+    theirs = one_layer(tmp_path / "m")
+    assert theirs.ask("/apply-template", messages=[{"role": "user", "content": "Hi"}])["prompt"] == "Hi<|im_end|>"

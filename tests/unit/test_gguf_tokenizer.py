@@ -10,6 +10,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from accessory import sentencepiece_proto
 from accessory.checkpoint.formats_read import GGUFFile
+from accessory.data.chat_template import ChatTemplate
 from accessory.tokenizer import Tokenizer
 from accessory.weights import gguf_tokenizer
 from accessory.weights.gguf_vocab import byte_letters, differences, pre_tokenizer_name, vocabulary
@@ -309,6 +310,9 @@ def test_byte_level_there_and_back(tmp_path: Path, style: str) -> None:
     assert ours.bos_id is None and "tokenizer.ggml.bos_token_id" not in keys
     again = keys_of(tmp_path / "out/tokenizer.json", 640, beside)
     assert again == keys
+    for template, wanted in (("{{ bos_token }}hi", "{% set bos_token = '' %}{{ bos_token }}hi"), ("hi", "hi")):
+        found = keys_of(path, 640, beside | {"chat_template": template})["tokenizer.chat_template"]
+        assert found == wanted and ChatTemplate(found, theirs, "t").render([]) == "hi"
 
 
 @pytest.mark.parametrize("style", STYLES)
