@@ -87,10 +87,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
         return _sdpa(q, k, v, mask)
     if takes and packed.spread is None:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
-    return _one_by_one(q, k, v, packed)
+    one_by_one = _uncompiled if torch.compiler.is_compiling() else _one_by_one
+    return one_by_one(q, k, v, packed)
 
 
-@torch._disable_dynamo  # torch.compiler.disable would import the compiler here and now, half a second for every --help
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
     """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
     if packed.spread is not None:
@@ -101,6 +101,10 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
     lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]
     parts = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
     return torch.cat([_sdpa(*part, None) for part in parts], dim=1)
+
+
+# torch.compiler.disable would import the compiler here and now, this at the first call: 2 s of every run
+_uncompiled = torch._disable_dynamo(_one_by_one)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -17,6 +17,7 @@ Packing what was unpacked gives the same codes: a step that is skipped leaves no
 a function of the step and the place in a block, so ranks that hold copies agree. Test: tests/unit/test_lowbit.py
 """
 
+import inspect
 from typing import Any, Iterator
 
 import torch
@@ -77,6 +78,14 @@ def dither(steps: Tensor, name: str, states: str) -> Tensor | None:
     return (even * 2**16).int() if states == "bf16" else (EDGE + (1 - 2 * EDGE) * even).float()
 
 
+def light(optimizer: type) -> type:
+    """Decorator of a class of optimizers: without torch's own around two methods, which imports the compiler, 2 s of every run."""
+    for name in ("add_param_group", "zero_grad"):
+        setattr(optimizer, name, inspect.unwrap(getattr(optimizer, name)))
+    return optimizer
+
+
+@light
 class LowBitAdamW(torch.optim.Optimizer):
     """As torch.optim.AdamW(fused=True), with `states` "bf16" or "int8". Parameters are fp32, sharded or not.
 

@@ -93,6 +93,7 @@ def adamw(model: nn.Module, args: OptimArgs) -> torch.optim.Optimizer:
     return AdamW(param_groups, lr=args.lr, betas=betas, eps=args.adam_eps, fused=True)
 
 
+@lowbit.light
 class AdamW(torch.optim.AdamW):
     """torch's fused AdamW over this rank's parts of the parameters, with one count of steps for all of them.
 

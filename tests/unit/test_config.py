@@ -219,6 +219,28 @@ def test_a_users_error_is_one_line_and_ours_a_traceback(tmp_path: Path) -> None:
     assert "torch" not in python("import sys, accessory.config, accessory.log; print(sorted(sys.modules))").stdout
 
 
+STEP = """
+    import sys, torch
+    from accessory.model import Transformer
+    from accessory.model.args import ModelArgs
+    from accessory.train.optim import OptimArgs, adamw
+    model = Transformer(ModelArgs(dim=32, n_layers=1, n_heads=2, vocab_size=64)).init_weights()
+    tokens = torch.arange(12)[None]
+    for states in ("fp32", "bf16"):
+        optimizer = adamw(model, OptimArgs(optim_states=states))
+        model(tokens, labels=tokens, cu_seqlens=torch.tensor([0, 5, 12]))[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    print(sorted({"torch._dynamo", "torch.distributed.fsdp"} & set(sys.modules)))
+"""
+
+
+def test_a_step_that_is_not_compiled_does_without_the_compiler() -> None:
+    """Two of five seconds of a start: torch imports it for the decorators of its optimizers."""
+    done = python(STEP)
+    assert done.stdout == "[]\n", done.stderr
+
+
 def test_under_the_launcher_the_line_goes_into_its_file(tmp_path: Path) -> None:
     done = python(MAIN, "--kind", "wrong", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
     assert (done.returncode, done.stderr) == (1, "")
