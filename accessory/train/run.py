@@ -28,14 +28,13 @@ from accessory.parallel.fsdp import DTYPES, ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.tokenizer import Tokenizer
 from accessory.train import loop, objectives, optim, plan
+from accessory.train.directory import claim_shared, find_start
 from accessory.train.profile import Phases, check_steps, profile_of, time_line
 from accessory.train.start import (
     RunArgs,
     calibration_tokens,
     check_agree,
     check_flags_agree,
-    claim,
-    find_start,
     materialise,
     model_terms,
     open_start,
@@ -118,6 +117,7 @@ def train(
         log.say(f"finished: {directory / 'latest'} is at step {state.step} of {max_steps}; {ended}", groups.rank())
         return True
 
+    claim_shared(directory)
     clock, calibrate_on = Stopwatch(), None
     if tokens:
         some = min(tokens, train_set.report.tokens)
@@ -134,7 +134,6 @@ def train(
     expected = json.loads((resumed / resume.MANIFEST).read_text())["base"] if resumed and tuning.partly else None
     template = getattr(train_set, "template", None)
     saves = saver(run, parallel, model, optimizer, checkpoint, tokenizer, tuning, expected, template)
-    groups.from_first_rank(lambda: claim(directory, make=True))
     if run.overwrite_output_dir and groups.rank() == 0:
         resume.retire_all(directory)
     groups.barrier()

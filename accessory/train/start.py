@@ -1,19 +1,18 @@
-"""What a run starts from: an earlier checkpoint of it, weights on disk or drawn anew, an adapter, the tokenizer.
+"""What a run starts from: weights on disk or drawn anew, an adapter, the tokenizer, where an earlier checkpoint stands.
 
-    find_start -> open_start: checkpoint, sizes, tuning -> open_tokenizer -> state_at -> materialise
+    directory.find_start -> open_start: checkpoint, sizes, tuning -> open_tokenizer -> state_at -> materialise
 
 Test: tests/e2e/test_bad_input.py, tests/e2e/test_resume.py, tests/e2e/test_pretrain.py
 """
 
 import dataclasses
-import fcntl
 import hashlib
 import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -37,9 +36,6 @@ SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitio
 AS_TEST_TOKENS = 256  # that --as_test calibrates on
 PLACES = {"pretrained_path", "lora_path", "llama_config", "tokenizer_path", "data_config", "corpus", "output_dir"}
 OWN = PLACES | {"sample_prompts", "report_to", "num_workers"}  # flags that may differ from rank to rank
-
-LOCK = ".lock"  # in a run's directory
-_claimed: dict[Path, IO] = {}  # by this process, until it ends
 
 
 @dataclass
@@ -149,48 +145,6 @@ def weights_sample(checkpoint: Any, count: int = 64) -> str:
         row[row.isnan()] = torch.nan  # the one NaN
         digest.update(name.encode() + row.contiguous().numpy().tobytes())
     return digest.hexdigest()[:16]
-
-
-def claim(directory: Path, make: bool = False) -> None:
-    """Takes a run's directory for this process: two runs in it would delete each other's checkpoints. Rank 0 only.
-
-    Raises ValueError where another process has it, or where it cannot be made."""
-    try:
-        if make:
-            directory.mkdir(parents=True, exist_ok=True)
-        elif not directory.is_dir():
-            return
-    except OSError as error:
-        raise ValueError(f"--output_dir {directory}: {error.strerror}: choose one that can be written to") from None
-    if directory.resolve() in _claimed:
-        return
-    try:
-        lock = open(directory / LOCK, "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(
-            f"--output_dir {directory}: another run is writing there: wait for it to end, or choose another directory"
-        ) from None
-    except OSError:  # a file system without locks; one that cannot be written says so soon enough
-        return
-    _claimed[directory.resolve()] = lock
-
-
-def find_start(run: RunArgs, directory: Path) -> Path | None:
-    """The checkpoint to continue from, None to start. Raises ValueError when output_dir holds a run that nobody asked about,
-    or another process writes there."""
-    groups.from_first_rank(lambda: claim(directory))
-    if run.resume is not None and not run.overwrite_output_dir:
-        found, passed_over = groups.from_first_rank(lambda: resume.find(directory, run.resume))  # it hashes every file
-        for wrong in passed_over:
-            log.say(f"--resume auto: passed over a damaged checkpoint: {wrong}", groups.rank())
-        return found
-    if resume.steps(directory) or (directory / "metrics.jsonl").exists():
-        if not run.overwrite_output_dir:
-            raise ValueError(
-                f"--output_dir {directory} already holds a run: continue it with --resume auto, choose another, or start anew with --overwrite_output_dir true"
-            )
-    return None
 
 
 def with_saved_batch(args: loop.LoopArgs, resumed: Path) -> loop.LoopArgs:

@@ -25,12 +25,10 @@ from accessory.model.lora import TuningArgs, partial_grad
 from accessory.parallel import groups
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, run
+from accessory.train.directory import LOCK, claim, find_start
 from accessory.train.start import (
-    LOCK,
     RunArgs,
     changed_flags,
-    claim,
-    find_start,
     model_terms,
     state_at,
     with_saved_batch,
