@@ -34,6 +34,7 @@ from accessory.train.start import (
     RunArgs,
     calibration_tokens,
     check_agree,
+    check_code_agrees,
     check_flags_agree,
     materialise,
     model_terms,
@@ -64,6 +65,7 @@ def train(
     and `report`, alike on every rank; `data` also has num_workers. Every rank calls it. Returns whether nothing is left to
     do: not where a signal stopped it."""
     groups.init(parallel.model_parallel_size)
+    check_code_agrees()
     check_flags_agree(run, parallel, tuning, data, optimizer_args, loop_args)
     torch.set_float32_matmul_precision("high" if parallel.precision == "tf32" else "highest")
     profiled = loop_args.profile_steps

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+import accessory
 from accessory import log
 from accessory.checkpoint import resume
 from accessory.checkpoint.adapter import model_args, with_adapter
@@ -117,6 +118,16 @@ def open_start(run: RunArgs, tuning: TuningArgs) -> tuple[Any, ModelArgs, Tuning
         if tuning.bias_tuning:
             args = dataclasses.replace(args, attention_bias=told.attention_bias, mlp_bias=told.mlp_bias)
     return checkpoint, args, tuning
+
+
+def check_code_agrees() -> None:
+    """Raises ValueError where a rank runs another torch or other files of ours, which a node with a checkout of its own may have:
+    they would differ in what they exchange, or in results. Every rank calls it, before anything else is compared."""
+    digest, root = hashlib.sha256(), Path(accessory.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        digest.update(str(file.relative_to(root)).encode() + file.read_bytes())
+    known = {"torch": torch.__version__, "files of accessory": digest.hexdigest()[:16]}
+    check_agree(known, "install the same on every node")
 
 
 def check_flags_agree(*sections: Any) -> None:

@@ -299,6 +299,11 @@ def unlike(models: Path) -> list[str]:
     with contextlib.redirect_stdout(io.StringIO()):
         says(groups.init, 2 if second else 1)
         groups.init(1)
+    start.check_code_agrees()
+    with pytest.MonkeyPatch.context() as patched:
+        if second:
+            patched.setattr(torch, "__version__", "2.0.0")
+        says(start.check_code_agrees)
     says(start.check_flags_agree, loop.LoopArgs(max_steps=5 if second else 3))
     says(start.check_agree, {"training data": "ab" if second else "cd"}, "give every rank the same files")
     start.check_flags_agree(start.RunArgs(pretrained_path="/b" if second else "/a", output_dir="x"), loop.LoopArgs())
@@ -320,6 +325,7 @@ def test_ranks_that_were_not_started_alike_are_told_together(tmp_path):
     assert run_ranks(unlike, tmp_path, world=2) == [
         [
             "--model_parallel_size is not the same on every rank (1, 2): start them alike",
+            f"rank 1 has torch 2.0.0, rank 0 {torch.__version__}: install the same on every node",
             "rank 1 has --max_steps 5, rank 0 3: start every rank with the same flags",
             "rank 1 has training data ab, rank 0 cd: give every rank the same files",
         ]
