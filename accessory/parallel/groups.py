@@ -11,6 +11,7 @@ over an in-memory store (no port), so a notebook needs no launcher.
 import contextlib
 import io
 import os
+import socket
 from datetime import timedelta
 from typing import Any, Callable
 
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
 SAVE_HOURS = 2  # how long a saving thread waits for the others
 
 _cache: dict = {}  # meshes and kv groups of the present world; emptied by destroy()
@@ -73,7 +75,7 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if where.type == "cuda" else "gloo"
         if launched:
-            dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+            _meet(backend, timedelta(minutes=timeout_minutes))
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     if fairscale_groups.model_parallel_is_initialized():
@@ -90,6 +92,17 @@ def init(model_parallel_size: int = 1, on: torch.device | str | None = None, tim
     with contextlib.redirect_stdout(io.StringIO()):  # fairscale prints
         fairscale_groups.initialize_model_parallel(model_parallel_size)
     _cache["device"] = where
+
+
+def _meet(backend: str, timeout: timedelta) -> None:
+    try:
+        dist.init_process_group(backend, timeout=timeout)
+    except RuntimeError as error:
+        asked = [f"{name}={os.environ[name]}" for name in INTERFACES if name in os.environ]
+        given = f"{', '.join(asked)} is set" if asked else "they take the one that the host's name stands for"
+        raise ValueError(
+            f"rank {os.environ['RANK']} cannot reach the others from {socket.gethostname()} ({str(error).strip().splitlines()[0]}): name the network interface that the nodes share in GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME (`ip -brief address` lists them; {given})"
+        ) from error
 
 
 def ensure() -> None:
