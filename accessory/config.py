@@ -38,6 +38,8 @@ def run(main: Callable, *sections: type, doc: str = "", argv: list[str] | None =
     ValueError and OSError are the user's: one line, exit code 1. Anything else is ours: a traceback. Under torchrun the
     line goes to the launcher, which prints it once and last whatever number of ranks hit it."""
     argv = sys.argv[1:] if argv is None else argv
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        stop_with_launcher()
     try:
         instances = parse(argv, *sections, doc=doc)
         return main(*instances)
@@ -213,11 +215,23 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
         fail(error)
 
 
+def stop_with_launcher() -> None:
+    """Where the launcher is killed its ranks are told to stop (and save), or they would train on with nobody to end them, and hold
+    the GPUs and the run's directory."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+
+
 def leave_unfinished() -> None:
     """Ends the process of a run that was stopped by a signal and has saved: not with 0, or what waits for it would take it for
-    finished. Under torchrun the launcher answers for the code, and a rank that fails would be started again."""
+    finished. Under torchrun the launcher answers for the code, and a rank that fails would be started again: it finds a file, since
+    it may be another node's that was told to stop."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         sys.exit(128 + signal.SIGTERM)
+    if "ACCESSORY_UNFINISHED" in os.environ:
+        Path(os.environ["ACCESSORY_UNFINISHED"]).touch()
 
 
 def fail(error: BaseException) -> None:

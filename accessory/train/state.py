@@ -120,11 +120,12 @@ class Late:
 
 
 class StopSignal:
-    """SIGTERM and SIGINT as a flag, looked at between steps: the run saves and leaves. A second SIGINT is immediate."""
+    """SIGTERM, SIGINT and SIGUSR1 (SLURM's --signal reaches every process) as a flag, looked at between steps: the run saves and
+    leaves. A second SIGINT is immediate."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT)}
+        self.previous = {s: signal.signal(s, self._note) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
 
     def _note(self, number: int, frame: Any) -> None:
         if self.received is not None and number == signal.SIGINT:
