@@ -54,33 +54,43 @@ def claim(directory: Path, make: bool = False) -> None:
 def claim_shared(directory: Path) -> None:
     """Makes the run's directory and takes it, and sees that it is one on all nodes. Every rank calls it: before weights are read, not
     at the first save, of which each node would have its own ranks' files on its disk, and none a whole checkpoint."""
-    groups.from_first_rank(lambda: claim(directory, make=True))
+
+    def ours() -> None:
+        claim(directory, make=True)
+        for left in directory.glob(".seen-*"):  # by a run that was killed just here
+            left.unlink()
+
+    groups.from_first_rank(ours)
     seen, wrong = directory / groups.broadcast_object(f".seen-{uuid.uuid4().hex[:8]}"), None
-    mine = seen.with_name(f"{seen.name}-{groups.rank()}")
     try:
         if groups.rank() == 0:
-            for left in directory.glob(".seen-*"):  # by a run that was killed just here
-                left.unlink()
             seen.touch()
-        else:
+    except OSError as error:
+        wrong = unwritable(directory, error)
+    groups.together(wrong)
+    try:
+        if groups.rank() > 0:
+            wait_for(seen)
+            mine = seen.with_name(f"{seen.name}-{groups.rank()}")
             mine.touch()
             mine.unlink()
-    except OSError as error:
+    except FileNotFoundError:
         wrong = ValueError(
-            f"--output_dir {directory}: {error.strerror} on {socket.gethostname()}: choose one that can be written to from every node"
+            f"--output_dir {directory}: on {socket.gethostname()} it is not the directory that rank 0 writes to: name one on storage that the nodes share, every rank writes its part of a checkpoint there"
         )
+    except OSError as error:
+        wrong = unwritable(directory, error)
     try:
-        groups.together(wrong)
-        try:
-            wait_for(seen)
-        except FileNotFoundError:
-            wrong = ValueError(
-                f"--output_dir {directory}: on {socket.gethostname()} it is not the directory that rank 0 writes to: name one on storage that the nodes share, every rank writes its part of a checkpoint there"
-            )
         groups.together(wrong)
     finally:
         if groups.rank() == 0:
             seen.unlink(missing_ok=True)
+
+
+def unwritable(directory: Path, error: OSError) -> ValueError:
+    return ValueError(
+        f"--output_dir {directory}: {error.strerror} on {socket.gethostname()}: choose one that can be written to from every node"
+    )
 
 
 def wait_for(path: Path) -> None:

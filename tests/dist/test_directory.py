@@ -1,5 +1,7 @@
 """--output_dir over several nodes: one directory on storage that they share, under whatever name, or the run does not begin."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -10,11 +12,18 @@ from accessory.train.start import RunArgs
 from tests.helpers import run_ranks
 
 
-def claims(paths: list[Path]) -> str:
-    """What this rank is told of its own path, and what was left in it."""
+def refuse(path: Path) -> None:
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+
+def claims(paths: list[Path], read_only: bool = False) -> str:
+    """What this rank is told of its own path, which may be read-only on the second, and what was left in it."""
     directory.SEEN_WITHIN = 1
     try:
-        directory.claim_shared(paths[groups.rank()])
+        with pytest.MonkeyPatch.context() as patched:
+            if read_only and groups.rank() == 1:
+                patched.setattr(Path, "touch", refuse)
+            directory.claim_shared(paths[groups.rank()])
     except ValueError as error:
         return str(error)
     finally:
@@ -31,13 +40,14 @@ def test_a_directory_that_the_nodes_do_not_share_is_refused_before_the_run(tmp_p
     assert second.startswith(f"--output_dir {own[1]}: on ") and "storage that the nodes share" in second
     assert first == f"rank 1: {second}"
     (tmp_path / "mounted").symlink_to("a")
+    (tmp_path / "a" / ".seen-01234567").touch()  # a run was killed there
     assert run_ranks(claims, [own[0], tmp_path / "mounted"], world=2) == [".lock"] * 2
 
 
 def test_a_node_that_cannot_write_there_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    first, second = run_ranks(claims, [tmp_path / "a", tmp_path / "file"], world=2)
-    assert "Not a directory on " in second and first == f"rank 1: {second}"
+    first, second = run_ranks(claims, [tmp_path / "a"] * 2, True, world=2)
+    assert "Read-only file system on " in second and first == f"rank 1: {second}"
+    assert [p.name for p in (tmp_path / "a").iterdir()] == [".lock"]
 
 
 def finds(paths: list[Path], wanted: str) -> str:
