@@ -1,8 +1,10 @@
 """torchrun with a quiet end: `python -m accessory.launch --nproc_per_node 8 -m accessory.main_finetune --lr 2e-5 ...`
 
-Takes torchrun's own flags and starts the same agent. It differs in six things:
+Takes torchrun's own flags and starts the same agent. It differs in seven things:
   - a failed run ends with the one line of the rank that failed first, not with torchrun's traceback and table;
-  - SIGTERM and Ctrl-C are passed on and waited for, so that a run can save (torchrun kills it after 30 s); a second ends it;
+  - on several nodes every node ends with that line, and soon (nodes.py);
+  - SIGTERM, SIGUSR1 (SLURM's --signal) and Ctrl-C are passed on and waited for, so that a run can save (torchrun kills it after
+    30 s); a second ends it. Where one node is told, all save, and none ends as finished;
   - one-node runs take a free port by themselves, so two can share a machine;
   - OMP_NUM_THREADS is this machine's cores divided by the ranks (torchrun sets 1, which idles a CPU run);
   - TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 cannot restart or grow an elastic job;
@@ -17,19 +19,25 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+from accessory import nodes
+
 ALONE, OURS = ["--nproc_per_node", "1", "-m"], "accessory.main_"
 STOPPED = 128 + signal.SIGTERM  # what a program without an agent ends with where it was stopped and has saved
+AT_ONCE = 1.0  # seconds in which a second signal is the first once more: srun and SLURM's daemon both send theirs
+_told = 0.0  # when the first came
 
 
 def main(argv: list[str]) -> int:
     """Runs torchrun's agent over `argv`. Returns the exit code: 0, or 1 after one line on stderr."""
     received: list[int] = []
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in nodes.STOPS:
         signal.signal(number, lambda number, frame: pass_on(number, received))
     alone = argv[:3] == ALONE and "".join(argv[3:4]).startswith(OURS)
+    alone = alone and not any(name.startswith("PET_") for name in os.environ)  # torchrun's flags too
     error = run_alone(argv[2:], received) if alone else run_agent(argv, received)
     if received:
         name = signal.Signals(received[0]).name
@@ -44,14 +52,25 @@ def main(argv: list[str]) -> int:
 def run_agent(argv: list[str], received: list[int]) -> str | None:
     """torchrun. Returns the line that a failed run ends with."""
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    loud = os.environ.get("TORCH_CPP_LOG_LEVEL")
+    os.environ["TORCH_CPP_LOG_LEVEL"] = loud or "FATAL"  # of the agent, as its loggers below; torch reads it once
+    from torch.distributed import DistError
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
     from torch.distributed.run import get_args_parser, run
 
+    if loud is None:  # the ranks say theirs
+        del os.environ["TORCH_CPP_LOG_LEVEL"]
     args = get_args_parser().parse_args(argv)
     one_node = args.nnodes in ("1", "1:1")
     if one_node and not any(a.startswith(("--rdzv", "--master", "--standalone")) for a in argv):
         args.standalone = True
+    try:
+        nodes.check(args, argv[: len(argv) - len(args.training_script_args)])
+    except ValueError as error:
+        return f"error: {error}"
     if args.nproc_per_node.isdigit():
         share_cores(int(args.nproc_per_node))
     for name in [
@@ -59,13 +78,37 @@ def run_agent(argv: list[str], received: list[int]) -> str | None:
     ]:  # each has a level of its own
         logging.getLogger(name).setLevel(logging.CRITICAL)
     args.signals_to_handle = "SIGHUP,SIGQUIT"
-    try:
-        run(args)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        return last_line(rank, failure.message, failure.exitcode)
-    except SignalException as error:
-        received.append(error.sigval)
+    others, theirs = nodes.Nodes(args), LocalElasticAgent._rendezvous
+
+    def rendezvous(agent: LocalElasticAgent, group: Any) -> None:
+        if received:  # or ranks that a signal ended would be started again
+            raise SignalException("told to stop", received[0])
+        others.meet(theirs, agent, group)
+
+    LocalElasticAgent._rendezvous = rendezvous
+    with tempfile.TemporaryDirectory(prefix="accessory-") as directory:
+        os.environ["ACCESSORY_UNFINISHED"] = unfinished = str(Path(directory, "unfinished"))
+        try:
+            run(args)
+            if os.path.exists(unfinished) and not received:  # another node, or a rank, was told
+                received.append(signal.SIGTERM)
+        except ChildFailedError as error:
+            rank, failure = error.get_first_failure()
+            if received:
+                return others.agree(f"error: stopped by {signal.Signals(received[0]).name}", certain=True)
+            line = last_line(rank, failure.message, failure.exitcode)
+            aborted = failure.exitcode == -signal.SIGABRT  # by NCCL's watchdog
+            return others.agree(line, certain=not aborted and "its traceback is above" not in line)
+        except SignalException as error:
+            if others.reason is None and not received:
+                received.append(error.sigval)
+            return others.agree(f"error: stopped by {signal.Signals(error.sigval).name}", certain=True)
+        except ValueError as error:  # of its flags
+            return f"error: {error}"
+        except (DistError, RendezvousError) as error:
+            return others.reason or nodes.not_met(args, error)
+        finally:
+            others.over.set()
     return None
 
 
@@ -94,7 +137,11 @@ def share_cores(ranks: int) -> None:
 
 def pass_on(number: int, received: list[int]) -> None:
     """SIGTERM to every worker (also for a Ctrl-C, which they got too: one each is enough); SIGKILL at the second signal."""
+    global _told
+    if received and time.monotonic() - _told < AT_ONCE:
+        return
     received.append(number)
+    _told = time.monotonic()
     for task in Path("/proc/self/task").glob("*/children"):
         for worker in task.read_text().split():
             with contextlib.suppress(ProcessLookupError):

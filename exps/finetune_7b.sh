@@ -48,7 +48,7 @@ fi
 output_dir=${output_dir:-output/$exp_name}
 
 exec "$python" -m accessory.launch --nproc_per_node "$nproc_per_node" \
-  ${NNODES:+--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}" --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}"} \
+  ${NNODES:+--nnodes "$NNODES" ${NODE_RANK:+--node_rank "$NODE_RANK"} ${MASTER_ADDR:+--master_addr "$MASTER_ADDR"} --master_port "${MASTER_PORT:-29500}"} \
   -m accessory.main_finetune \
   --pretrained_path "$pretrained_path" --pretrained_type "$pretrained_type" \
   --llama_config "$llama_config" --tokenizer_path "$tokenizer_path" \
