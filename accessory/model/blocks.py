@@ -14,9 +14,9 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from accessory.parallel import products
+from accessory.parallel.derivatives import by_hand, once_only
 
 QUERIES = 128  # of a block
 LONGEST = 1024  # beyond, the flash kernel is as fast
@@ -25,7 +25,7 @@ LONGEST = 1024  # beyond, the flash kernel is as fast
 def faster(q: Tensor, longest: int) -> bool:
     """Whether to use `attend` where the longest sequence has so many tokens: in bf16 alone, on CPUs that multiply it, faster
     than fp32."""
-    takes = q.device.type == "cpu" and q.dtype == torch.bfloat16 and products.native(q)
+    takes = q.device.type == "cpu" and q.dtype == torch.bfloat16 and products.native(q) and by_hand()
     return takes and longest <= LONGEST and not torch.is_autocast_enabled("cpu")
 
 
@@ -49,8 +49,8 @@ class _Attend(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        once_only("attention over packed sequences in bf16", "give each sequence a row, or take fp32")
         q, k, v = ctx.saved_tensors
         q_grad, k_grad, v_grad = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         work = _Work(q, k, ctx.bounds)

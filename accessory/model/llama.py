@@ -18,6 +18,7 @@ from typing import Any, Callable, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from accessory.model import rope
@@ -29,6 +30,7 @@ from accessory.model.recompute import Remade
 from accessory.model.swiglu import swiglu
 from accessory.model.targets import Targets, targets_of
 from accessory.parallel import groups
+from accessory.parallel.derivatives import by_hand, over_mp, transformed
 from accessory.parallel.layers import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
@@ -225,7 +227,9 @@ class Transformer(nn.Module):
             raise ValueError(
                 f"tokens {tuple(tokens.shape)} of {tokens.dtype}: whole numbers in (batch, tokens) are expected"
             )
-        if tokens.device.type == "cpu" and tokens.numel():  # a GPU would be waited for
+        if (
+            tokens.device.type == "cpu" and tokens.numel() and by_hand()
+        ):  # a GPU would be waited for; vmap has no number
             self._check_tokens(*tokens.aminmax())
         packed = segments(tokens, cu_seqlens)
         targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
@@ -252,7 +256,7 @@ class Transformer(nn.Module):
         x = self.norm(x)
         if targets is None:
             x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)
-            return gather_from_mp(linear(x, self.head))[..., : self.args.vocab_size]  # (B, T, V)
+            return over_mp(gather_from_mp(linear(x, self.head))[..., : self.args.vocab_size])  # (B, T, V)
         return self._loss(x, targets)
 
     @property
@@ -263,7 +267,12 @@ class Transformer(nn.Module):
     def _loss(self, x: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # (M, D): only what has a target goes through the head
         x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
-        loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
+        if transformed():  # torch.func
+            logits = linear(x, self.head)[:, : self.args.vocab_size].float()
+            loss = F.cross_entropy(logits, targets.ids, reduction="sum")
+            correct = (logits.argmax(-1) == targets.ids).sum()
+        else:
+            loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
         return loss, torch.full((), len(targets.ids), device=loss.device), {"correct": correct}
 
     def _check_tokens(self, least: Tensor, most: Tensor) -> None:

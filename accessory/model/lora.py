@@ -26,6 +26,7 @@ from accessory.config import flag
 from accessory.model import quant
 from accessory.model.args import TUNING_KEYS
 from accessory.model.lora_function import lora_linear
+from accessory.parallel.derivatives import by_hand
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
 
 COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
@@ -131,7 +132,7 @@ class LoRA:
         """x W^T + b + s B A x, whether or not there is an adapter: (.., in) -> (.., out) of this rank's slices."""
         if self.lora_a is None:
             return self.product(x, bias)
-        if torch.compiler.is_compiling() or torch.is_autocast_enabled(x.device.type):
+        if not by_hand() or torch.is_autocast_enabled(x.device.type):
             return self.product(x, bias) + self.low_rank(x)  # compiled, the passes become one by themselves
         a, b = self.lora_a.weight, self.lora_b.weight
         dropout = self.lora_dropout if self.training else 0.0

@@ -11,14 +11,16 @@ Proof: tests/unit/test_lora.py, tests/dist/test_parity.py. Measured: python -m b
 Shapes of this rank's slices: W (out, in), A (r, in), B (out, r).
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from accessory.model import quant
 from accessory.parallel import products
+from accessory.parallel.derivatives import differentiable, input_like, once_only
 
 Packed = tuple[quant.Layout, tuple[Tensor, Tensor]]  # where a packed W's slice lies, and quant.tables
 
@@ -51,10 +53,16 @@ class _LoraLinear(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor):
         x, weight, a, b, h, mask = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, wants_a, wants_b, *_ = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            if x is None and wants_b:  # of h = x A^T the number is kept, not where it comes from
+                once_only("a trained lora_b beside a frozen lora_a", "train both")
+            x = input_like(gradient, a.shape[1]) if x is None else x
+            bias = gradient.new_zeros(gradient.shape[-1]).requires_grad_() if wants_bias else None  # it is added
+            plain = partial(_plain, mask=mask, scale=ctx.scale, dropout=ctx.dropout, packed=ctx.packed)
+            return *differentiable(plain, (x, weight, bias, a, b), gradient, ctx.needs_input_grad[:5]), None, None, None
         g = products.wide(gradient.flatten(0, -2))  # (N, out)
         a, b = a.to(g.dtype), b.to(g.dtype)  # as in forward; autograd gives a gradient its parameter's dtype
         low = (g @ b).mul_(ctx.scale / (1 - ctx.dropout))  # (N, r): dh
@@ -76,6 +84,23 @@ class _LoraLinear(torch.autograd.Function):
         if wants_b:
             b_grad = (h.t() @ g).mul_(ctx.scale).t()  # up to twice as fast as g.t() @ h
         return x_grad, weight_grad, bias_grad, a_grad, b_grad, None, None, None
+
+
+def _plain(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    dropout: float,
+    packed: Packed | None,
+) -> Tensor:
+    rows = products.wide(x)
+    h = F.linear(_kept(rows, mask) / (1 - dropout), a.to(rows.dtype))
+    y = F.linear(rows, _matrix(weight, packed, rows.dtype).to(rows.dtype)) + F.linear(h, b.to(rows.dtype)) * scale
+    return (y if bias is None else y + bias.to(y.dtype)).to(x.dtype)
 
 
 def _kept(x: Tensor, mask: Tensor | None) -> Tensor:
@@ -101,5 +126,5 @@ def lora_linear(
     packed: Packed | None = None,
 ) -> Tensor:
     """(.., in) -> (.., out); `dropout` on the adapter's input, 0 outside training. All in x's dtype, to which parameters of
-    another are cast. Not for autocast, which does not reach backward, nor for a second derivative. Under mp: of these slices, sums are the caller's."""
+    another are cast. Not for autocast, which does not reach backward. Under mp: of these slices, sums are the caller's."""
     return _LoraLinear.apply(x, weight, bias, a, b, scale, dropout, packed)

@@ -1,4 +1,4 @@
-"""RMSNorm (Zhang and Sennrich 2019): y = x / rms(x) * w, the statistics in fp32.
+"""RMSNorm (Zhang and Sennrich 2019): y = x / rms(x) * w, the statistics in fp32, or in x's fp64.
 
     backward, p = x g:   dw = sum over tokens of p / rms      dx = g w / rms - x (p . w) / (D rms^3)
 
@@ -8,12 +8,14 @@ here it is two products of a matrix with a vector and four passes: a quarter of 
 Shapes: N tokens, D features.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from accessory.parallel.derivatives import by_hand, differentiable
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +27,7 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(dim, device="meta"))
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if x.device.type == "cpu" and torch.is_grad_enabled() and by_hand():
             return _RMSNormCPU.apply(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
@@ -42,11 +44,14 @@ class _RMSNormCPU(torch.autograd.Function):
         return rms_norm(x, weight, eps)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(rms_norm, eps=ctx.eps)
+            return *differentiable(plain, (x, weight), gradient, ctx.needs_input_grad[:2]), None
         wants_x, wants_weight, _ = ctx.needs_input_grad
-        rows, g, w = x.flatten(0, -2).float(), gradient.flatten(0, -2).float(), weight.to(x.dtype).float()
+        wide = torch.promote_types(x.dtype, torch.float32)
+        rows, g, w = x.flatten(0, -2).to(wide), gradient.flatten(0, -2).to(wide), weight.to(x.dtype).to(wide)
         mean_square = torch.linalg.vector_norm(rows, dim=1).square_().div_(rows.shape[1])  # (N,)
         over_rms = mean_square.add_(ctx.eps).rsqrt_()
         p = rows * g  # (N, D)

@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from accessory.parallel import groups, products
+from accessory.parallel.derivatives import by_hand
 
 BLOCK = 16  # weights that share an absmax (bitsandbytes has 64, or 32 at least)
 GROUP = 256  # absmaxes that share a scale
@@ -214,4 +215,4 @@ def linear(x: Tensor, packed: Tensor, layout: Layout, table: tuple[Tensor, Tenso
     """x W^T: (.., columns) -> (.., rows), in x's dtype. W has no gradient."""
     if torch.compiler.is_compiling():  # of _Linear it would make W once, and keep it from forward to backward
         return checkpoint(_product, x, packed, layout, *table, use_reentrant=False, preserve_rng_state=False)
-    return _Linear.apply(x, packed, layout, *table)
+    return _Linear.apply(x, packed, layout, *table) if by_hand() else _product(x, packed, layout, *table)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from accessory.parallel.derivatives import by_hand
+
 KNOWN = {
     "linear": {"factor"},
     "ntk": {"factor"},
@@ -102,9 +104,9 @@ def table(positions: Tensor, freqs: Tensor, factor: float) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Turns each interleaved pair of x (B, T, H, Dh) by its position's angle, in fp32; the result has x's dtype."""
-    pairs = x.float().unflatten(-1, (-1, 2))
-    if torch.compiler.is_compiling():  # inductor knows no complex numbers
+    """Turns each interleaved pair of x (B, T, H, Dh) by its position's angle, in fp32 or x's fp64; the result has x's dtype."""
+    pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
+    if not by_hand():  # inductor knows no complex numbers, vmap none of their views
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
     # the same numbers in one pass over memory instead of seven: ten times faster on CPU

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from accessory.parallel import groups
 
@@ -80,7 +79,6 @@ class _Spread(torch.autograd.Function):
         return x.index_select(1, spread.rows)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         total = gradient.index_select(1, ctx.spread.first)
         for rows, copies, times in ctx.spread.repeated if ctx.sums else ():

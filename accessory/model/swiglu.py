@@ -11,13 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from accessory.parallel.derivatives import by_hand, differentiable
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """(.., F) and (.., F) -> (.., F), of one dtype."""
-    return F.silu(gate) * up if torch.compiler.is_compiling() else _SwiGLU.apply(gate, up)
+    return _SwiGLU.apply(gate, up) if by_hand() else _plain(gate, up)
+
+
+def _plain(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -27,9 +32,10 @@ class _SwiGLU(torch.autograd.Function):
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return differentiable(_plain, (gate, up), gradient, ctx.needs_input_grad)
         of_silu = gradient * up
         gate_grad = torch.ops.aten.silu_backward.grad_input(of_silu, gate, grad_input=of_silu)
         return gate_grad, F.silu(gate).mul_(gradient)

@@ -14,7 +14,7 @@ Shapes: B batch, T tokens, V vocab, D features, /mp = this rank's slice. Test: t
 """
 
 import contextlib
-from typing import Any, Iterator, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,32 +28,38 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from accessory.parallel import exchange, groups, products
+from accessory.parallel.derivatives import by_hand, differentiable, input_like
 
-copy_to_mp = copy_to_model_parallel_region  # forward: nothing; backward: sum over mp
-reduce_from_mp = reduce_from_model_parallel_region  # forward: sum over mp; backward: nothing
-gather_from_mp = (
-    gather_from_model_parallel_region  # forward: concatenate the last dim over mp; backward: this rank's part
-)
+
+def _over_mp(region: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """Nothing at all on one rank: torch.func takes no autograd function without a rule of its own."""
+    return lambda x: x if groups.mp_size() == 1 else region(x)
+
+
+copy_to_mp = _over_mp(copy_to_model_parallel_region)  # forward: nothing; backward: sum over mp
+reduce_from_mp = _over_mp(reduce_from_model_parallel_region)  # forward: sum over mp; backward: nothing
+# forward: concatenate the last dim over mp; backward: this rank's part
+gather_from_mp = _over_mp(gather_from_model_parallel_region)
 
 # torch 2.13 renamed them; the old names warn there
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
-def _by_hand(tensor: Tensor) -> bool:
+def _by_exchange(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()  # which knows torch's own collectives only
 
 
 def _gathered(part: Tensor) -> Tensor:  # (n, D) -> (mp n, D)
     whole = part.new_empty(part.shape[0] * groups.mp_size(), *part.shape[1:])
-    gather = exchange.all_gather if _by_hand(part) else _all_gather
+    gather = exchange.all_gather if _by_exchange(part) else _all_gather
     gather(whole, part.contiguous(), group=groups.mp_group())
     return whole
 
 
 def _scattered(addend: Tensor) -> Tensor:  # (mp n, D) -> (n, D) of the sum over mp
     part = addend.new_empty(addend.shape[0] // groups.mp_size(), *addend.shape[1:])
-    scatter = exchange.reduce_scatter if _by_hand(addend) else _reduce_scatter
+    scatter = exchange.reduce_scatter if _by_exchange(addend) else _reduce_scatter
     scatter(part, addend.contiguous(), group=groups.mp_group())
     return part
 
@@ -119,21 +125,25 @@ class _CastLinear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
         wants_x, wants_weight = ctx.needs_input_grad
+        if torch.is_grad_enabled():
+            x = input_like(gradient, weight.shape[1]) if x is None else x
+            return differentiable(_cast_linear, (x, weight), gradient, ctx.needs_input_grad)
         g = products.wide(gradient)
         x_grad = products.times(g, weight).to(gradient.dtype) if wants_x else None
         weight_grad = g.flatten(0, -2).t() @ products.wide(x.flatten(0, -2)) if wants_weight else None
         return x_grad, weight_grad
 
 
+def _cast_linear(x: Tensor, weight: Tensor) -> Tensor:
+    rows = products.wide(x)
+    return F.linear(rows, weight.to(rows.dtype)).to(x.dtype)
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, whatever that of the parameters: (.., in) -> (.., out). Their gradients come in their own."""
     if weight.dtype == x.dtype and products.native(x):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    if torch.compiler.is_compiling():  # its partitioner casts again by itself
-        rows = products.wide(x)
-        y = F.linear(rows, weight.to(rows.dtype)).to(x.dtype)
-    else:
-        y = _CastLinear.apply(x, weight)
+    y = _CastLinear.apply(x, weight) if by_hand() else _cast_linear(x, weight)  # compiled, it is cast again by itself
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -207,8 +217,11 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
 
     def partial(self, tokens: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others: an addend."""
-        outside = (tokens < self.vocab_start_index) | (tokens >= self.vocab_end_index)
-        rows = F.embedding((tokens - self.vocab_start_index).masked_fill(outside, 0), self.weight)
+        if groups.mp_size() == 1:
+            return F.embedding(tokens, self.weight).to(self.compute_dtype or self.weight.dtype)
+        start = groups.mp_rank() * len(self.weight)  # by the weight: one may have been put in that has more rows
+        outside = (tokens < start) | (tokens >= start + len(self.weight))
+        rows = F.embedding((tokens - start).masked_fill(outside, 0), self.weight)
         return rows.masked_fill(outside.unsqueeze(-1), 0.0).to(self.compute_dtype or rows.dtype)
 
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from accessory.parallel import groups, products
+from accessory.parallel.derivatives import once_only
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
 SUM_BYTES = 4  # of a weight of the head in the sum over several chunks of 16 bit: fp32
@@ -69,6 +70,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad: Tensor, _: Tensor):
+        once_only("the loss of labels=..", "compute it from the logits")
         hidden_grad, weight_grad = ctx.saved_tensors
         if hidden_grad is not None:
             hidden_grad = _scaled(hidden_grad, loss_grad, torch.empty_like(hidden_grad))

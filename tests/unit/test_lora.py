@@ -337,13 +337,8 @@ def test_what_it_keeps_for_backward() -> None:
     assert kept(step_by_step, 0.3) >= low + 3 * tokens * size * 8
 
 
-def test_no_second_derivative_and_nothing_kept_that_nobody_wants() -> None:
+def test_nothing_is_kept_that_nobody_wants() -> None:
     tensors, _ = adapted_tensors(torch.float32)
-    [gradient] = torch.autograd.grad(
-        lora_linear(*tensors.values(), 1.5).square().sum(), tensors["x"], create_graph=True
-    )
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.square().sum().backward()
     with torch.no_grad():
         assert lora_linear(*tensors.values(), 1.5).grad_fn is None
 
