@@ -24,13 +24,14 @@ from torch.utils.checkpoint import checkpoint
 from accessory.model import rope
 from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.model.attention import Segments, attend, segments
+from accessory.model.checks import check_positions, check_tokens, check_window
 from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
 from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
 from accessory.model.swiglu import swiglu
 from accessory.model.targets import Targets, targets_of
 from accessory.parallel import groups
-from accessory.parallel.derivatives import by_hand, over_mp, transformed
+from accessory.parallel.derivatives import over_mp, transformed
 from accessory.parallel.layers import (
     ColumnParallelLinear,
     VocabParallelEmbedding,
@@ -143,36 +144,44 @@ class Block(nn.Module):
     selective   the products' results and attention's: norms and silu are taken again, nothing dear, no sum over mp
     full        x only"""
 
-    def __init__(self, index: int, args: ModelArgs):
+    def __init__(self, args: ModelArgs):
         super().__init__()
-        self.index, self.checkpointing = index, "none"
+        self.checkpointing = "none"
         self.attention_norm = RMSNorm(args.dim, args.norm_eps)
         self.attention = Attention(args)
         self.ffn_norm = RMSNorm(args.dim, args.norm_eps)
         self.feed_forward = FeedForward(args)
 
-    def forward(self, x: Tensor, turns: Tensor, packed: Segments | None = None, cache: Cache | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, turns: Tensor, packed: Segments | None = None, cache: Cache | None = None, index: int = 0
+    ) -> Tensor:
+        """`index`: where in the cache this layer's keys are; told by the model, whose layers may be moved and repeated."""
         if cache is not None:  # never compiled: the cache would make one more graph of every layer
-            return Block.compute(self, x, turns, packed, cache)
+            return self._compute(x, turns, packed, cache, None, index)
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, turns, packed, None, use_reentrant=False)
-        return self.compute(x, turns, packed, None)
+            return checkpoint(self.compute, x, turns, packed, use_reentrant=False)
+        return self.compute(x, turns, packed)
 
-    def compute(self, x: Tensor, turns: Tensor, packed: Segments | None, cache: Cache | None) -> Tensor:
+    def compute(self, x: Tensor, turns: Tensor, packed: Segments | None) -> Tensor:
         """x (B, T, D), or under sequence parallel (N/mp, D); the result alike."""
         keeps_less = self.checkpointing == "selective" or (self.checkpointing == "none" and x.dim() == 2)
         # compiled, the partitioner does it: it keeps products and makes what is pointwise again
         if not keeps_less or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._compute(x, turns, packed, cache, None)
+            return self._compute(x, turns, packed)
         with Remade() as remade:
-            return self._compute(x, turns, packed, cache, remade)
+            return self._compute(x, turns, packed, None, remade)
 
     def _compute(
-        self, x: Tensor, turns: Tensor, packed: Segments | None, cache: Cache | None, remade: Remade | None
+        self,
+        x: Tensor,
+        turns: Tensor,
+        packed: Segments | None,
+        cache: Cache | None = None,
+        remade: Remade | None = None,
+        index: int = 0,
     ) -> Tensor:
         divided = x.dim() == 2
         h = self._entering(self.attention_norm, x, turns, remade)
-        index = 0 if cache is None else self.index  # a number that is read would give every layer a graph of its own
         x = x + self.attention(h, turns, packed, cache, index, divided)
         h = self._entering(self.ffn_norm, x, turns, remade)
         return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
@@ -191,7 +200,9 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The model. Every rank of an mp group builds it and calls it with the same tokens; results are replicated across mp.
 
-    `model(tokens)` -> logits (B, T, V).  `model(tokens, labels=..)` -> (summed loss, number of supervised tokens, metrics)."""
+    `model(tokens)` -> logits (B, T, V).  `model(tokens, labels=..)` -> (summed loss, number of supervised tokens, metrics).
+    `model.hidden(tokens)` -> (B, T, D).  Modules may be replaced, hooked and moved; `output`, the head, is None where it is the
+    embedding's weight, and one of one's own, (.., D) -> (.., any), counts in logits and loss."""
 
     def __init__(self, args: ModelArgs):
         super().__init__()
@@ -201,8 +212,9 @@ class Transformer(nn.Module):
         check_model_parallel(args, groups.mp_size())
         self.args, self.sequence_parallel = args, False
         self.tok_embeddings = VocabParallelEmbedding(args.vocab_size, args.dim)
-        self.layers = nn.ModuleList(Block(i, args) for i in range(args.n_layers))
+        self.layers = nn.ModuleList(Block(args) for _ in range(args.n_layers))
         self.norm = RMSNorm(args.dim, args.norm_eps)
+        self.output = None  # the embedding's own weight
         if not args.tie_word_embeddings:
             self.output = ColumnParallelLinear(args.dim, self.tok_embeddings.num_embeddings)
         self.freqs, self.rope_factor = rope.frequencies(args.head_size, args.rope_theta, args.rope_scaling)
@@ -223,71 +235,80 @@ class Transformer(nn.Module):
         cu_seqlens: Tensor | Segments | None = None,  # (S+1,): bounds of the sequences packed in one row; B must be 1
         cache: Cache | None = None,
     ) -> Any:
-        if tokens.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"tokens {tuple(tokens.shape)} of {tokens.dtype}: whole numbers in (batch, tokens) are expected"
-            )
-        if (
-            tokens.device.type == "cpu" and tokens.numel() and by_hand()
-        ):  # a GPU would be waited for; vmap has no number
-            self._check_tokens(*tokens.aminmax())
+        check_tokens(tokens, self)
         packed = segments(tokens, cu_seqlens)
         targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
-        if positions is not None and positions.shape not in (tokens.shape, (1, tokens.shape[1])):
-            raise ValueError(
-                f"positions {tuple(positions.shape)} for tokens {tuple(tokens.shape)}: one for each is expected"
-            )
+        x = self._stream(tokens, positions, packed, cache)
+        return over_mp(self._logits(self._whole(x, tokens))) if targets is None else self._loss(x, tokens, targets)
+
+    def hidden(
+        self, tokens: Tensor, positions: Tensor | None = None, cu_seqlens: Tensor | Segments | None = None
+    ) -> Tensor:
+        """What the head is given, (B, T, D) after the last norm, for a head or a loss of one's own. Arguments and errors are
+        `forward`'s. Under mp it is the same on every rank, and each computes the whole loss from it, by modules that are not split:
+        `output` is, so logits are `forward`'s to give. Under FSDP it gathers the weights as `forward` does."""
+        check_tokens(tokens, self)
+        return over_mp(self._whole(self._stream(tokens, positions, segments(tokens, cu_seqlens)), tokens))
+
+    def _stream(
+        self, tokens: Tensor, positions: Tensor | None, packed: Segments | None, cache: Cache | None = None
+    ) -> Tensor:
+        """(B, T, D) after the last norm, or under sequence parallel (N/mp, D)."""
         if positions is None:
             positions = (
                 packed.positions if packed else torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
             )
+        check_positions(positions, tokens)
         if self.args.sliding_window:
-            self._check_window(
-                packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1
-            )
+            longest = packed.longest if packed else tokens.shape[1] if cache is None else int(positions.max()) + 1
+            check_window(longest, self.args.sliding_window)
         freqs = self.freqs.to(tokens.device)
         if not tokens.is_meta:
             self.freqs = freqs  # once: a copy from the host would wait for the GPU in every step
         turns = rope.table(positions, freqs, self.rope_factor)
         divided = self.sequence_parallel and groups.mp_size() > 1 and cache is None
-        x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)  # (N/mp, D) or (B, T, D)
-        for layer in self.layers:
-            x = layer(x, turns, packed, cache)
-        x = self.norm(x)
-        if targets is None:
-            x = gather_tokens(x, tokens.shape) if divided else copy_to_mp(x)
-            return over_mp(gather_from_mp(linear(x, self.head))[..., : self.args.vocab_size])  # (B, T, V)
-        return self._loss(x, targets)
+        x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)
+        for index, layer in enumerate(self.layers):
+            x = layer(x, turns, packed, cache, index)
+        return self.norm(x)
+
+    def _whole(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """What `_stream` gives as (B, T, D), replicated; its gradient is then the whole on every rank, no addend."""
+        if x.dim() == 3:
+            return x
+        return gather_from_mp(x.t()).t()[: tokens.numel()].view(*tokens.shape, -1)
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(.., D), replicated -> (.., V). The head is called as the module it is, for hooks; one of one's own gets all of x."""
+        if self.output is not None and not isinstance(self.output, ColumnParallelLinear):
+            return self.output(x)
+        x = copy_to_mp(x)
+        y = linear(x, self.head) if self.output is None else self.output(x)
+        return gather_from_mp(y)[..., : self.args.vocab_size]
 
     @property
     def head(self) -> Tensor:
         """The head's weight, this rank's (padded V)/mp rows: the embedding's own when they are tied."""
-        return self.tok_embeddings.weight if self.args.tie_word_embeddings else self.output.weight
+        return self.tok_embeddings.weight if self.output is None else self.output.weight
 
-    def _loss(self, x: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def _loss(self, x: Tensor, tokens: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # (M, D): only what has a target goes through the head
-        x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
-        if transformed():  # torch.func
-            logits = linear(x, self.head)[:, : self.args.vocab_size].float()
-            loss = F.cross_entropy(logits, targets.ids, reduction="sum")
-            correct = (logits.argmax(-1) == targets.ids).sum()
-        else:
+        if self._fuses():
+            x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
             loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
+        else:
+            logits = self._logits(self._whole(x, tokens).flatten(0, 1)[targets.rows]).float()
+            loss = over_mp(F.cross_entropy(logits, targets.ids, reduction="sum"))
+            correct = (logits.argmax(-1) == targets.ids).sum()
         return loss, torch.full((), len(targets.ids), device=loss.device), {"correct": correct}
 
-    def _check_tokens(self, least: Tensor, most: Tensor) -> None:
-        """A rank's embedding takes foreign ids for another rank's, and would give zeros for those that no rank has."""
-        if least < 0 or most >= self.args.vocab_size:
-            wrong = int(least if least < 0 else most)
-            raise ValueError(f"tokens: {wrong} is none of this model's {self.args.vocab_size}: check the tokenizer")
-
-    def _check_window(self, length: int) -> None:
-        window = self.args.sliding_window
-        if length > window:
-            raise ValueError(
-                f"a sequence of {length} tokens, but this model attends over a sliding window of {window}, which is not "
-                f"implemented: --max_seq_len {window} or less (in generation: fewer --max_new_tokens) gives its exact results"
-            )
+    def _fuses(self) -> bool:
+        """Whether head and loss may be one step: not where the head is more than its weight, nor under torch.func."""
+        if transformed():
+            return False
+        head = self.output
+        plain = isinstance(head, ColumnParallelLinear) and head.bias is None
+        return head is None or plain and not head._forward_hooks and not head._forward_pre_hooks
 
     @torch.no_grad()
     def init_weights(

@@ -31,6 +31,9 @@ class RMSNorm(nn.Module):
             return _RMSNormCPU.apply(x, self.weight, self.eps)
         return rms_norm(x, self.weight, self.eps)
 
+    def extra_repr(self) -> str:
+        return f"{len(self.weight)}, eps={self.eps}"
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), eps)

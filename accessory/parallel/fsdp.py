@@ -88,7 +88,13 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
         return alone
 
     # here, not above: half a second that --help need not wait
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+    from torch.distributed.fsdp import (
+        CPUOffloadPolicy,
+        MixedPrecisionPolicy,
+        OffloadPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
 
     # cast_forward_inputs=False: its default would cast the fp32 rotary tables, and positions with them, to bf16
     casts, leaves = (
@@ -104,6 +110,8 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
     def shard(module: nn.Module, cast: bool = True) -> None:
         policy = casts if cast else leaves
         fully_shard(module, mesh=mesh, reshard_after_forward=again, mp_policy=policy, offload_policy=offload)
+        if hasattr(module, "hidden"):  # the whole model's other way in
+            register_fsdp_forward_method(module, "hidden")
         if groups.device().type == "cpu":
             module.set_custom_all_gather(exchange.AllGather())
             module.set_custom_reduce_scatter(exchange.ReduceScatter())

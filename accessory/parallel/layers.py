@@ -174,6 +174,9 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
         return linear(x, self.weight, self.bias)
 
+    def extra_repr(self) -> str:
+        return _sizes(self)
+
 
 class RowParallelLinear(fairscale_layers.RowParallelLinear):
     """y = sum over mp of x W^T, plus a replicated bias. x: this rank's slice of the features. Built on the meta device."""
@@ -196,6 +199,14 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
         """This rank's addend of the product, before the sum over mp."""
         return linear(x, self.weight)
 
+    def extra_repr(self) -> str:
+        return _sizes(self)
+
+
+def _sizes(layer: nn.Module) -> str:
+    over = f", split over {groups.mp_size()} ranks" if groups.mp_size() > 1 else ""
+    return f"{layer.in_features}, {layer.out_features}, bias={layer.bias is not None}{over}"
+
 
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     """Row i of the table for token i, rows split over mp. Holds `padded_vocab(V)` rows; those from V on are never looked up.
@@ -207,6 +218,9 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
             super().__init__(padded_vocab(vocab_size), dim, init_method=lambda w: w)
         _to_meta(self)
         self.compute_dtype: torch.dtype | None = None  # of what it gives; None: its weight's
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}"
 
     def forward(self, tokens: Tensor) -> Tensor:  # (B, T) -> (B, T, D), replicated
         return reduce_from_mp(self.partial(tokens))

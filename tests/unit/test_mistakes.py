@@ -57,7 +57,7 @@ def test_no_path(nothing) -> None:
     [
         (
             lambda m: m(TOKENS, positions=torch.zeros(1, 1, dtype=torch.long)),
-            r"positions \(1, 1\) for tokens \(2, 12\)",
+            r"positions \(1, 1\) of torch.int64 for tokens \(2, 12\)",
         ),
         (lambda m: m(TOKENS, positions=torch.zeros(2, 1, dtype=torch.long)), r"positions \(2, 1\)"),
         (lambda m: m(TOKENS, positions=torch.arange(12)), r"positions \(12,\)"),
