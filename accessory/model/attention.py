@@ -66,7 +66,13 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
     """Checks the bounds against the tokens (B, T). Raises ValueError when they do not cover one row exactly."""
     if cu_seqlens is None:
         return None
-    if not isinstance(cu_seqlens, Segments) and (not isinstance(cu_seqlens, Tensor) or cu_seqlens.is_floating_point()):
+    fits = (
+        isinstance(cu_seqlens, Tensor)
+        and cu_seqlens.dim() == 1
+        and len(cu_seqlens)
+        and not cu_seqlens.is_floating_point()
+    )
+    if not isinstance(cu_seqlens, Segments) and not fits:
         raise ValueError(
             "cu_seqlens: a tensor of whole numbers is expected, 0, the end of each sequence, .., all tokens"
         )

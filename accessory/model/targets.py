@@ -15,6 +15,7 @@ from accessory.model.attention import Segments
 from accessory.parallel import groups
 
 IGNORED = -100  # a label that is no target
+IDS = (torch.int64, torch.int32)  # what labels come in
 
 
 class Targets:
@@ -23,8 +24,11 @@ class Targets:
     def __init__(self, labels: Tensor, device: torch.device, packed: Segments | None = None):
         self.shape = labels.shape
         labels = labels.cpu()
-        last = [labels.shape[1] - 1] if packed is None else [end - 1 for end in packed.bounds[1:]]
-        following = labels.roll(-1, 1).index_fill(1, torch.tensor(last), IGNORED).flatten()
+        last = [-1] if packed is None else [end - 1 for end in packed.bounds[1:]]
+        following = labels.roll(-1, 1)
+        if labels.numel():
+            following = following.index_fill(1, torch.tensor(last), IGNORED)
+        following = following.flatten()
         self.host_rows = (following != IGNORED).nonzero().squeeze(1)  # (M,), rising
         ids = following[self.host_rows]
         self.least, self.most = (int(ids.min()), int(ids.max())) if len(ids) else (0, 0)
@@ -34,8 +38,9 @@ class Targets:
 def targets_of(labels: Tensor | Targets, tokens: Tensor, packed: Segments | None, vocab_size: int) -> Targets:
     """Raises ValueError where there is not a label for each token, or one is no token's id: the loss would be wrong, and
     nothing else would tell."""
-    if isinstance(labels, Tensor) and labels.is_floating_point():
-        raise ValueError(f"labels of {labels.dtype}: token ids are expected, {IGNORED} where nothing is learnt")
+    if not isinstance(labels, Targets | Tensor) or isinstance(labels, Tensor) and labels.dtype not in IDS:
+        kind = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise ValueError(f"labels of {kind}: token ids are expected, {IGNORED} where nothing is learnt")
     if labels.shape != tokens.shape:
         raise ValueError(f"labels {tuple(labels.shape)} for tokens {tuple(tokens.shape)}: one for each is expected")
     targets = labels if isinstance(labels, Targets) else Targets(labels, tokens.device, packed)

@@ -62,11 +62,27 @@ def test_no_path(nothing) -> None:
         (lambda m: m(TOKENS, positions=torch.zeros(2, 1, dtype=torch.long)), r"positions \(2, 1\)"),
         (lambda m: m(TOKENS, positions=torch.arange(12)), r"positions \(12,\)"),
         (lambda m: m(TOKENS, positions=torch.zeros(3, 12, dtype=torch.long)), r"positions \(3, 12\)"),
+        (lambda m: m(TOKENS, positions=[[0, 1]]), r"positions list for tokens \(2, 12\)"),
+        (lambda m: m(TOKENS.tolist()), "tokens list: whole numbers"),
         (lambda m: m(TOKENS[0]), r"tokens \(12,\) of torch.int64"),
         (lambda m: m(TOKENS.float()), r"of torch.float32: whole numbers"),
         (lambda m: m(TOKENS, labels=TOKENS.float()), "labels of torch.float32"),
+        (lambda m: m(TOKENS, labels=TOKENS > 5), "labels of torch.bool"),
+        (lambda m: m(TOKENS, labels=TOKENS.tolist()), "labels of list"),
         (lambda m: m(TOKENS[:1], labels=TOKENS[:1], cu_seqlens=[0, 12]), "cu_seqlens: a tensor"),
         (lambda m: m(TOKENS[:1], cu_seqlens=torch.tensor([])), "cu_seqlens: a tensor"),
+        (lambda m: m(TOKENS[:1], cu_seqlens=torch.tensor(12)), "cu_seqlens: a tensor"),
+        (lambda m: m(TOKENS[:1], cu_seqlens=torch.tensor([[0, 12]])), "cu_seqlens: a tensor"),
+        (lambda m: generate(m, None, 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, 5, 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, ["a b"], 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, TOKENS[0], 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, [[1.0]], 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, [[[1]]], 3), "prompts: a list of token ids for each"),
+        (lambda m: generate(m, [], 3), "a prompt is empty"),
+        (lambda m: generate(m, [[1], []], 3), "a prompt is empty"),
+        (lambda m: generate(m, [[1]], -1), "max_new_tokens -1"),
+        (lambda m: generate(m, [[1]], 2.5), "max_new_tokens 2.5"),
         (lambda m: generate(m, "a b", 3), "prompts: a list of token ids for each"),
         (lambda m: generate(m, [1, 2], 3), "prompts: a list of token ids for each"),
         (lambda m: generate(m, [[1]], 3, top_p=0.0), "top_p 0.0"),
@@ -79,6 +95,19 @@ def test_arguments_of_a_model(path: Path, call, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(model)
     assert torch.equal(model(TOKENS), before)
+
+
+@pytest.mark.parametrize("call", [lambda m: m(TOKENS), lambda m: m.hidden(TOKENS), lambda m: generate(m, [[1]], 3)])
+def test_a_model_without_weights_says_so_and_tells_its_shapes(call) -> None:
+    model = Transformer(tiny_args())
+    with pytest.raises(ValueError, match="the model has no weights yet: init_weights"):
+        call(model)
+    assert model(TOKENS.to("meta")).shape == (2, 12, 101)
+
+
+def test_no_tokens_at_all(path: Path) -> None:
+    model, none = Transformer.from_pretrained(path), TOKENS[:, :0]
+    assert model(none).shape == (2, 0, 101) and model(none, labels=none)[:2] == (0, 0)
 
 
 def test_one_row_of_positions_serves_all(path: Path) -> None:

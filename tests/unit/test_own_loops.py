@@ -177,3 +177,14 @@ def test_distilled_from_a_bigger_teacher_by_logits_and_hidden() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0], losses
+
+
+def test_generation_leaves_each_module_in_its_mode_after_an_error_too() -> None:
+    model = model_of(lora_rank=2, dropout=0.5).train()
+    model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    assert len(set(modes)) == 2 and generate(model, [[1, 2]], 5) == generate(model, [[1, 2]], 5)
+    assert [m.training for m in model.modules()] == modes
+    with pytest.raises(ValueError, match="102 is none"):
+        generate(model, [[102]], 5)
+    assert [m.training for m in model.modules()] == modes
