@@ -9,6 +9,7 @@ the one all-reduce it makes anyway. Addends are summed over mp once a step: `par
 W may be held in NF4 (quant.py, QLoRA): `packed`. A linear and its adapter are one autograd function (lora_function.py). Proof: tests/dist/test_parity.py, tests/dist/test_quant.py.
 """
 
+import contextlib
 import difflib
 import fnmatch
 import hashlib
@@ -16,7 +17,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -105,7 +106,7 @@ class LoRA:
         super().__init__(*sizes, bias=bias)
         self.lora_a: nn.Linear | None = None
         self.lora_b: nn.Linear | None = None
-        self.lora_scale, self.lora_dropout = 0.0, 0.0
+        self.lora_scale, self.lora_dropout, self.lora_on = 0.0, 0.0, True
         self.packed: quant.Layout | None = None  # W is held in NF4: `weight` is its flat packed tensor
         self.table: tuple[Tensor, Tensor] = ()  # type: ignore[assignment]  # quant.tables on W's device
 
@@ -130,7 +131,7 @@ class LoRA:
 
     def adapted(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x W^T + b + s B A x, whether or not there is an adapter: (.., in) -> (.., out) of this rank's slices."""
-        if self.lora_a is None:
+        if self.lora_a is None or not self.lora_on:
             return self.product(x, bias)
         if not by_hand() or torch.is_autocast_enabled(x.device.type):
             return self.product(x, bias) + self.low_rank(x)  # compiled, the passes become one by themselves
@@ -240,6 +241,21 @@ def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
 
         for name in [n for n, p in model.named_parameters() if p.is_meta]:
             set_parameter(model, name, initial_value(model, name, seed=0).to(loaded[0].device))
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """While it is entered the adapters add nothing: the base as a reference, for DPO or a KL term. What is trained in full beside
+    them stays as it is. No gradients are taken meanwhile: what checkpointing makes again in backward would have them."""
+    adapted = [module for _, module in linears(model) if module.lora_on]
+    try:
+        for module in adapted:
+            module.lora_on = False
+        with torch.no_grad():
+            yield
+    finally:
+        for module in adapted:
+            module.lora_on = True
 
 
 def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:

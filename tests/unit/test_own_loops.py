@@ -1,5 +1,5 @@
 """A training loop, a head, a loss of one's own, and a model that is taken apart: hooks and replaced modules are heard, layers may
-be moved, the whole copied, pickled, cast and compiled."""
+be moved, adapters switched off, the whole copied, pickled, cast and compiled."""
 
 import copy
 import pickle
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from accessory.generation.engine import generate
 from accessory.model import Transformer
 from accessory.model.llama import set_parameter
-from accessory.model.lora import TuningArgs, add_tuning, mark_trainable
+from accessory.model.lora import TuningArgs, add_tuning, mark_trainable, without_adapters
 from tests.helpers import random_weights, tiny_args
 
 TOKENS = torch.randint(101, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -177,6 +177,32 @@ def test_distilled_from_a_bigger_teacher_by_logits_and_hidden() -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.6 * losses[0], losses
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_preferences_are_learnt_against_the_model_without_its_adapters(checkpointing: str) -> None:
+    base, model = model_of(), model_of(lora_rank=4)
+    for layer in model.layers:
+        layer.checkpointing = checkpointing
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    with without_adapters(model):
+        reference = model(TOKENS)
+    assert torch.equal(reference, base(TOKENS)) and not reference.requires_grad
+    assert not torch.equal(model(TOKENS), reference) and model(TOKENS).requires_grad
+    losses = []
+    for _ in range(5):
+        chosen, rejected = [-F.cross_entropy(a, b) for a, b in zip(model(TOKENS), TOKENS)]
+        with without_adapters(model):
+            less, more = [-F.cross_entropy(a, b) for a, b in zip(model(TOKENS), TOKENS)]
+        loss = -F.logsigmoid(chosen - less - (rejected - more))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+    with pytest.raises(ValueError), without_adapters(model):
+        model(TOKENS[0])
+    assert not torch.equal(model(TOKENS), reference) and torch.is_grad_enabled()
 
 
 def test_generation_leaves_each_module_in_its_mode_after_an_error_too() -> None:
