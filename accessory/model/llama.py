@@ -217,7 +217,8 @@ class Transformer(nn.Module):
         self.output = None  # the embedding's own weight
         if not args.tie_word_embeddings:
             self.output = ColumnParallelLinear(args.dim, self.tok_embeddings.num_embeddings)
-        self.freqs, self.rope_factor = rope.frequencies(args.head_size, args.rope_theta, args.rope_scaling)
+        with torch.device("cpu"):  # not a weight: whoever builds within torch.device("meta") would never get it back
+            self.freqs, self.rope_factor = rope.frequencies(args.head_size, args.rope_theta, args.rope_scaling)
 
     @classmethod
     def from_pretrained(cls, path, **options) -> "Transformer":

@@ -229,7 +229,10 @@ def packed_weights(model: nn.Module) -> dict[str, LoRA]:
 
 def add_tuning(model: nn.Module, tuning: TuningArgs) -> None:
     """Adds what fine-tuning needs beside the checkpoint's weights: adapters, and biases where there are none. To a model that is
-    on meta, empty; to one with weights, in fp32 and as they begin, so that the result is at first the same."""
+    on meta, empty; to one with weights, in fp32 and as they begin, so that the result is at first the same. Raises ValueError where
+    there are adapters already: new ones would take their place, and what they learnt would be lost in silence."""
+    if tuning.lora_rank and any(module.lora_a is not None for _, module in linears(model)):
+        raise ValueError("the model has adapters already: mark_trainable alone trains them on; load it anew for others")
     for name, module in linears(model):
         if rank := tuning.rank_of(name):
             module.add_lora(rank, tuning.scale_of(name), tuning.lora_dropout)

@@ -145,6 +145,24 @@ def test_a_loaded_model_gets_adapters_that_change_nothing_yet_and_learn(path: Pa
     assert all(p.requires_grad == (n in trained) for n, p in model.named_parameters())
 
 
+def test_adapters_are_not_put_in_the_place_of_others(path: Path) -> None:
+    model, tuning = Transformer.from_pretrained(path), TuningArgs(lora_rank=4)
+    add_tuning(model, tuning)
+    model.layers[0].attention.wq.lora_b.weight.data.add_(1)
+    expected = model(TOKENS)
+    with pytest.raises(ValueError, match="the model has adapters already: mark_trainable alone"):
+        add_tuning(model, tuning)
+    assert torch.equal(model(TOKENS), expected) and len(mark_trainable(model, tuning)) == 28
+
+
+def test_built_on_meta_by_its_user_it_takes_weights(path: Path) -> None:
+    model = Transformer.from_pretrained(path)
+    with torch.device("meta"):
+        other = Transformer(model.args)
+    other.load_state_dict(model.state_dict(), assign=True)
+    assert torch.equal(other(TOKENS), model(TOKENS))
+
+
 def test_a_save_that_failed_asks_for_room_only_where_it_helps(tmp_path) -> None:
     from accessory.checkpoint.save import _readable
 
