@@ -133,9 +133,11 @@ def with_and_without(mp: int, keys: dict, compiled: bool) -> None:
             model.sequence_parallel = divided
             found[divided] = gradients_of(model, tokens, cu_seqlens)
         assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+        # of two tokens the first alone has a target and sees itself alone: no gradient of wq and wk, but rounding of theirs
+        rounding = 1e-6 * max(g.abs().max() for g in found[False][1].values())
         for name, gradient in found[True][1].items():
             expected = found[False][1][name]
-            assert (gradient - expected).abs().max() <= 1e-5 * expected.abs().max(), (name, tokens.shape)
+            assert (gradient - expected).abs().max() <= rounding + 1e-5 * expected.abs().max(), (name, tokens.shape)
 
 
 @pytest.mark.parametrize("mp", [2, 4])
