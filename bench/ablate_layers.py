@@ -17,14 +17,17 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     swiglu         silu and product one function                    step by step
     rotary         one product of complex numbers                   real numbers, as Meta's formula reads
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
+    lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
 """
 
 import os
+import random
 import statistics
 import time
 from typing import Any, Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,6 +42,7 @@ from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, li
 from accessory.model.norm import RMSNorm, rms_norm
 from accessory.parallel import groups, loss
 from accessory.parallel.fsdp import DTYPES
+from accessory.train.loop import to_device
 
 WIDTHS = {"dim": 576, "n_heads": 9, "n_kv_heads": 3, "hidden_dim": 1536, "rope_theta": 100000.0}
 DOCUMENTS = (0.18, 0.08, 0.25, 0.12, 0.05, 0.22, 0.10)  # lengths, as shares of the tokens
@@ -54,6 +58,7 @@ ROWS = (
     "swiglu",
     "rotary",
     "attention",
+    "lengths",
     "compile",
 )
 Step = Callable[[], Tensor]  # forward only: the loss
@@ -126,6 +131,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return step, lambda: with_other(rope, "rotate", plain_rotate, step)
     if name == "attention":
         return step, lambda: with_other(blocks, "faster", lambda q, longest: False, step)
+    if name == "lengths":
+        return of_changing_length(model, tokens, True), of_changing_length(model, tokens, False)
     if name == "compile":
         return lambda: with_compiled(model, step), step
     raise AssertionError(name)
@@ -186,6 +193,21 @@ def shared(row: Tensor, lengths: list[int], share: bool) -> dict[str, Any]:
     batch = collate(examples, share)
     packed = Segments(batch.cu_seqlens, row.device, batch.after)
     return {"tokens": batch.tokens, "labels": batch.labels, "cu_seqlens": packed}
+
+
+def of_changing_length(model: Transformer, tokens: int, pad: bool) -> Step:
+    """Documents of other lengths at each call, which together are up to 31 tokens short of `tokens`, a multiple of 32."""
+    draw, cpu = random.Random(0), torch.device("cpu")
+    precision = "bf16" if pad and model.tok_embeddings.weight.dtype == torch.bfloat16 else "fp32"
+
+    def step() -> Tensor:
+        lengths = [int(share * tokens) + draw.randint(-4, 0) for share in DOCUMENTS[1:]]
+        lengths.append(tokens - draw.randint(0, 31) - sum(lengths))
+        ids = [np.array([draw.randrange(model.args.vocab_size) for _ in range(n)], np.int32) for n in lengths]
+        batch = to_device(collate([Example(x, 1) for x in ids]), cpu, precision)
+        return model(batch.tokens, labels=batch.labels, cu_seqlens=batch.cu_seqlens)[0]
+
+    return step
 
 
 def interleaved(model: Transformer, on: Step, off: Step, rounds: int) -> tuple[list[float], list[float]]:

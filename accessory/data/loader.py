@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from .sft import Example, ordered_map, rng
 from .sharing import shared
@@ -140,6 +141,20 @@ def eval_batches(
 def cell(ids: range, index: int, batch_size: int) -> range:
     """The index-th run of batch_size ids; shorter, or empty, at the end."""
     return ids[index * batch_size : (index + 1) * batch_size]
+
+
+def padded(batch: Batch, count: int) -> Batch:
+    """With a sequence of `count` tokens more behind the others, of which nothing is learnt."""
+    if not count:
+        return batch
+    rows = {name: pad(getattr(batch, name), (0, count)) for name in ("tokens", "positions")}
+    bounds, after = batch.cu_seqlens, batch.after
+    return batch._replace(
+        **rows,
+        labels=pad(batch.labels, (0, count), value=IGNORED),
+        cu_seqlens=torch.cat((bounds, bounds[-1:] + count)),
+        after=pad(after, (0, 1), value=-1),
+    )
 
 
 def parts(item: Item) -> list[Example]:

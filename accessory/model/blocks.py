@@ -3,9 +3,11 @@
     a sequence of L tokens:   queries [i, j) see keys [0, j)      scores -> softmax -> times v, a block at a time
     kept for backward:        q, k, v; the probabilities are made again, as in flash attention
 
-torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives. As there, scores,
-softmax and their gradients are fp32 and what is multiplied with v, q and k is in the inputs' dtype. The blocks' memory is used
-again and again: a fresh one costs more, in page faults, than the product that fills it. Proof: tests/unit/test_attention_blocks.py.
+torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
+forward where there is AMX. As there, scores, softmax and their gradients are fp32 and what is multiplied with v, q and k is in the
+inputs' dtype. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product that fills it.
+L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
+every key that counts. Proof: tests/unit/test_attention_blocks.py.
 
 Shapes: T tokens of a packed row, L of a sequence, n of a block, S = j keys, H query heads, K kv heads, G = H / K, Dh head dim.
 """
@@ -14,11 +16,16 @@ from typing import Any, Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accessory.parallel import products
 from accessory.parallel.derivatives import by_hand, once_only
 
 QUERIES = 128  # of a block
+STEP = products.GRANULE  # a block is as many queries or a multiple
+FLASH_FORWARD = (
+    torch.cpu._is_amx_tile_supported()
+)  # half the time there; its backward takes one and a half times as much
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 
@@ -39,13 +46,18 @@ class _Attend(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
         ctx.save_for_backward(q, k, v)
         ctx.bounds = bounds
-        y, work = torch.empty_like(q, memory_format=torch.contiguous_format), _Work(q, k, bounds)
+        y = torch.empty_like(q, memory_format=torch.contiguous_format)
+        if FLASH_FORWARD and q.dtype == torch.bfloat16:
+            return _flash(q, k, v, bounds, y)
+        work = _Work(q, k, bounds)
         for a, b in zip(bounds, bounds[1:]):
-            keys, values = work.heads(k[a:b]), work.heads(v[a:b])
+            whole = _rounded(b - a)
+            keys, values = work.heads(k[a:b], whole), work.heads(v[a:b], whole)
             wide = keys.float()
             for i, j in _blocks(b - a):
-                p = work.half(work.probabilities(work.heads(q[a + i : a + j]), wide, i, j))
-                work.put(y[a + i : a + j], torch.bmm(p, values[:, :j]))
+                rows = slice(a + i, min(a + j, b))
+                p = work.half(work.probabilities(work.heads(q[rows], j - i), wide, i, j))
+                work.put(y[rows], torch.bmm(p, values[:, :j]))
         return y
 
     @staticmethod
@@ -55,19 +67,30 @@ class _Attend(torch.autograd.Function):
         q_grad, k_grad, v_grad = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
         work = _Work(q, k, ctx.bounds)
         for a, b in zip(ctx.bounds, ctx.bounds[1:]):
-            keys, values = work.heads(k[a:b]), work.heads(v[a:b])
+            whole = _rounded(b - a)
+            keys, values = work.heads(k[a:b], whole), work.heads(v[a:b], whole)
             wide_keys, wide_values = keys.float(), values.float()
             of_keys, of_values = (torch.zeros(keys.shape) for _ in "kv")  # fp32: of several blocks the sum
             for i, j in _blocks(b - a):
-                query, g = work.heads(q[a + i : a + j]), work.heads(gradient[a + i : a + j])
+                rows = slice(a + i, min(a + j, b))
+                query, g = work.heads(q[rows], j - i), work.heads(gradient[rows], j - i)
                 p = work.probabilities(query, wide_keys, i, j)
                 of_values[:, :j] += torch.bmm(work.half(p).transpose(1, 2), g)
                 s = work.half(work.scores_grad(g, wide_values, p, j))
                 of_keys[:, :j] += torch.bmm(s.transpose(1, 2), query)
-                work.put(q_grad[a + i : a + j], torch.bmm(s, keys[:, :j]))
+                work.put(q_grad[rows], torch.bmm(s, keys[:, :j]))
             work.put(k_grad[a:b], of_keys)
             work.put(v_grad[a:b], of_values)
         return q_grad, k_grad, v_grad, None
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], y: Tensor) -> Tensor:
+    """torch's kernel for each sequence, into y; it knows grouped heads."""
+    for a, b in zip(bounds, bounds[1:]):
+        part = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        found, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True)
+        y[a:b] = found[0].transpose(0, 1)
+    return y
 
 
 class _Work:
@@ -75,19 +98,24 @@ class _Work:
 
     def __init__(self, q: Tensor, k: Tensor, bounds: list[int]):
         self.kv, self.scale, self.dtype = k.shape[1], q.shape[-1] ** -0.5, q.dtype
-        longest = max(b - a for a, b in zip(bounds, bounds[1:]))
+        longest = _rounded(max(b - a for a, b in zip(bounds, bounds[1:])))
         largest = q.shape[1] * min(QUERIES, longest) * longest
         self.scores, self.softmax, self.change = (torch.empty(largest) for _ in range(3))  # fp32
         self.rounded = torch.empty(largest, dtype=q.dtype)
         self.later = torch.full((QUERIES, QUERIES), -torch.inf).triu_(1)  # added to scores of keys after the query
 
-    def heads(self, x: Tensor) -> Tensor:
-        """(n, H, Dh) -> (K, G n, Dh): the queries of a kv head below each other, so that no key is copied for them."""
-        return x.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3).reshape(self.kv, -1, x.shape[-1])
+    def heads(self, x: Tensor, n: int) -> Tensor:
+        """(n or fewer, H, Dh) -> (K, G n, Dh): the queries of a kv head below each other, so that no key is copied for them;
+        zeros where there were fewer."""
+        turned = x.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3)
+        if len(x) < n:
+            turned = F.pad(turned, (0, 0, 0, n - len(x)))
+        return turned.reshape(self.kv, -1, x.shape[-1])
 
     def put(self, to: Tensor, x: Tensor) -> None:
-        """The other way, into `to`."""
-        to.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3).copy_(x.unflatten(1, (-1, to.shape[0])))
+        """The other way, into `to`, without those zeros' rows."""
+        turned = to.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3)
+        turned.copy_(x.unflatten(1, (turned.shape[1], -1))[:, :, : len(to)])
 
     def probabilities(self, query: Tensor, keys: Tensor, i: int, j: int) -> Tensor:
         """Of queries [i, j), (K, G n, Dh), over keys [0, j) of (K, L, Dh) in fp32 -> (K, G n, S) in fp32."""
@@ -106,11 +134,15 @@ class _Work:
         return x if x.dtype == self.dtype else _view(self.rounded, x.shape).copy_(x)
 
 
+def _rounded(length: int) -> int:
+    return length + -length % STEP
+
+
 def _blocks(length: int) -> Iterator[tuple[int, int]]:
-    """[i, j) of each block, about equal."""
-    count = -(-length // QUERIES)
-    size = -(-length // count)
-    return ((i, min(i + size, length)) for i in range(0, length, size))
+    """[i, j) of each block, about equal; the last one ends at `_rounded(length)`."""
+    whole = _rounded(length)
+    size = _rounded(-(-length // -(-whole // QUERIES)))
+    return ((i, min(i + size, whole)) for i in range(0, length, size))
 
 
 def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:

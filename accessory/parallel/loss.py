@@ -15,6 +15,7 @@ from typing import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from accessory.parallel import groups, products
 from accessory.parallel.derivatives import once_only
@@ -46,6 +47,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = hidden.new_zeros((), dtype=torch.float32)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
         wants_hidden, wants_weight = (learns and wanted for wanted in ctx.needs_input_grad[:2])
+        count = len(hidden)
+        if extra := products.padding(count, hidden.dtype, hidden.device):  # rows with a loss that nobody adds up
+            hidden, targets = F.pad(hidden, (0, 0, 0, extra)), F.pad(targets, (0, extra))
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = None
         if wants_weight:
@@ -56,14 +60,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
             h, t = hidden[first : first + rows], targets[first : first + rows]
             chunk.fill(h, t - start)
             top, log_total, target_logit = chunk.statistics()
-            loss += (log_total - target_logit).sum()
-            correct += (target_logit >= top).sum()
+            counts = slice(0, max(0, count - first))
+            loss += (log_total - target_logit)[counts].sum()
+            correct += (target_logit >= top)[counts].sum()
             if wants_hidden or wants_weight:
                 gradient = chunk.gradient(log_total)
+                gradient[counts.stop :] = 0
             if wants_weight:
                 _add_product(weight_grad, gradient, h, first == 0)
             if wants_hidden:
                 products.times(gradient, true, out=hidden_grad[first : first + rows])
+        if wants_hidden and extra:
+            hidden_grad = hidden_grad[:count]
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.mark_non_differentiable(correct)
         return loss, correct
@@ -207,6 +215,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     a real label. Collective over mp: every mp rank has the same N. Both results are replicated. With N = 0 the loss is 0 and still carries gradients (of zero)."""
     hidden = products.wide(hidden)
     rows = rows_of_chunk(weight, hidden.element_size(), len(hidden))
+    rows += products.padding(rows, hidden.dtype, hidden.device)
     learns = torch.is_grad_enabled()  # of validation too, needs_input_grad says what could be asked for
     return _LinearCrossEntropy.apply(hidden, weight, targets, vocab_size, rows, learns)
 

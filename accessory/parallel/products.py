@@ -4,6 +4,9 @@
     here                               x in fp32; W in fp32 a block of rows at a time, in memory that is used again; the
                                        result rounded once: what instructions for 16 bit do, and about as fast as fp32
 
+With them oneDNN builds a kernel for every shape that it has not seen among the last 1024: 3 to 12 ms, as long as the product itself.
+So the rows of batches whose lengths differ are brought to few numbers (`padding`).
+
 A block stays in the caches, so W may lie in 16 bit, half the memory, at no cost: a copy of all of W in fp32 costs more than the
 product of a short batch with it (docs/LOG.md). Elsewhere W is cast whole. Test: tests/unit/test_products.py
 
@@ -18,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
+GRANULE = 32  # rows, at least, that are added together: what a tile of AMX takes along the sum
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
 
 
@@ -37,6 +41,14 @@ if torch.backends.mkldnn.is_available():
 def native(x: Tensor) -> bool:
     """Whether x's device multiplies x's dtype."""
     return x.device.type != "cpu" or CPU_MULTIPLIES.get(x.dtype, True)
+
+
+def padding(count: int, dtype: torch.dtype, device: torch.device) -> int:
+    """How many rows to add to `count`, whose number differs from batch to batch: to a multiple of GRANULE, of more above 2048,
+    so that there are 32 numbers between one power of two and the next; none where kernels are not built for a shape."""
+    if device.type != "cpu" or not CPU_MULTIPLIES.get(dtype, False):
+        return 0
+    return -count % max(GRANULE, 1 << count.bit_length() >> 6)
 
 
 def wide(x: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from torch import nn
 
 from accessory import log
 from accessory.config import flag
-from accessory.data.loader import Batch, eval_batches, train_windows, windows_per_epoch
+from accessory.data.loader import Batch, eval_batches, padded, train_windows, windows_per_epoch
 from accessory.model.attention import Segments
 from accessory.model.targets import Targets
-from accessory.parallel import groups
-from accessory.parallel.fsdp import gradients_travel, reshard
+from accessory.parallel import groups, products
+from accessory.parallel.fsdp import DTYPES, gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
 from accessory.train import optim
 from accessory.train.profile import Phases, Profile, parse_steps
@@ -118,8 +118,10 @@ def every(steps: float, max_steps: int, windows: int) -> int:
     return windows if steps == 0 else math.ceil(round(steps * max_steps, 6)) if steps < 1 else int(steps)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on the device, but for what is read on the host: labels and the bounds of the sequences."""
+def to_device(batch: Batch, device: torch.device, precision: str = "fp32") -> Batch:
+    """The batch's tensors on the device, but for what is read on the host: labels and the bounds of the sequences. Padded where
+    products in this precision want few lengths."""
+    batch = padded(batch, products.padding(batch.tokens.shape[1], DTYPES[precision], device))
     rows = {name: groups.sent(getattr(batch, name), device) for name in ("tokens", "positions")}
     packed = Segments(batch.cu_seqlens, device, batch.after)
     # neither is a plain tensor any more: FSDP would send those to the device
@@ -218,7 +220,7 @@ def fit(
             loss_sum = torch.zeros((), device=device)
             for index, batch in enumerate(window.micro_batches):
                 gradients_travel(model, data_parallel, last=index + 1 == len(window.micro_batches))
-                loss, _, _ = objective(model, to_device(batch, device))
+                loss, _, _ = objective(model, to_device(batch, device, precision))
                 phases.mark("forward")
                 # FSDP averages over dp; dividing before backward keeps fp16 sums from overflowing
                 (loss * (scale.value * (dp_size / max(1, window.num_tokens)))).backward()
@@ -285,6 +287,7 @@ def evaluate(
     show_progress: bool,
     most_batches: int | None = None,
     share_prompts: bool = False,
+    precision: str = "fp32",
 ) -> dict[str, float]:
     """Loss, perplexity and accuracy over the whole set, weighted by token, each example once over the dp ranks; or over the
     first `most_batches` of each rank.
@@ -299,7 +302,7 @@ def evaluate(
     batches = eval_batches(dataset, eval_batch_size=batch_size, share_prompts=share_prompts, **ranks)
     batches = itertools.islice(batches, most_batches)
     for batch in tqdm(batches, desc="validating", unit="batch", disable=not show_progress, leave=False):
-        loss, count, metrics = objective(model, to_device(batch, device))
+        loss, count, metrics = objective(model, to_device(batch, device, precision))
         sums += torch.stack((loss.double(), count.double(), metrics["correct"].double()))
     loss, count, correct = groups.broadcast_object(groups.all_reduce(sums, groups.dp_group()).tolist())
     model.train(was_training)

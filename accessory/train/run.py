@@ -149,7 +149,7 @@ def train(
     def evaluate() -> dict[str, float]:
         most = loop.TEST_EVAL_BATCHES if loop_args.as_test else None
         shows, share = groups.rank() == 0, loop_args.share_prompts
-        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, shows, most, share)
+        return loop.evaluate(model, objectives.next_token, val_set, eval_batch, shows, most, share, parallel.precision)
 
     def sample(step: int) -> None:
         for prompt, text in zip(prompts, answer(train_set, model, tokenizer, prompts, SAMPLE_TOKENS)):

@@ -214,6 +214,7 @@ def test_a_sum_of_few_chunks_in_16_bit_is_nearly_as_exact_as_one(monkeypatch):
     monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
     monkeypatch.setattr(loss, "FAST_ROWS", {"cpu": {2: 1, 4: 1}})
     monkeypatch.setattr(loss, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(products, "GRANULE", 1)  # 64 chunks have 8 rows each
     hidden, weight, _ = inputs(512, torch.bfloat16)
     targets = torch.randint(V, (512,), generator=torch.Generator().manual_seed(0))
     exact, errors = reference(hidden, weight, targets)[2], {}

@@ -48,7 +48,9 @@ def test_result_and_gradients_are_those_of_sdpa(lengths: list[int], kv: int) -> 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
-def test_bf16_is_no_further_from_the_truth_than_flash() -> None:
+@pytest.mark.parametrize("flash_forward", [True, False])
+def test_bf16_is_no_further_from_the_truth_than_flash(monkeypatch: pytest.MonkeyPatch, flash_forward: bool) -> None:
+    monkeypatch.setattr(blocks, "FLASH_FORWARD", flash_forward)
     lengths = [200, 90]
     tensors = drawn(lengths, 4, 4, torch.bfloat16, 64)
     exact = with_gradients(lambda *x: by_sdpa(*x, lengths), [t.double() for t in tensors])
@@ -56,6 +58,27 @@ def test_bf16_is_no_further_from_the_truth_than_flash() -> None:
     ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors)
     off = [[((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)] for found in (ours, flash)]
     assert sum(off[0]) <= sum(off[1]) and max(off[0]) <= max(off[1]), off
+
+
+@pytest.mark.parametrize("kv", [1, 4])
+def test_flash_forward_has_grouped_heads(monkeypatch: pytest.MonkeyPatch, kv: int) -> None:
+    lengths, found = [70, 33, 1], []
+    for flash_forward in (True, False):
+        monkeypatch.setattr(blocks, "FLASH_FORWARD", flash_forward)
+        tensors = drawn(lengths, 4, kv, torch.bfloat16, 64)
+        found.append(with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors))
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+def test_sequences_of_all_lengths_have_few_shapes() -> None:
+    shapes = set()
+    for length in range(1, 513):
+        cuts = list(blocks._blocks(length))
+        assert cuts[0][0] == 0 and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
+        assert cuts[-1][0] < length <= cuts[-1][1] < length + blocks.STEP
+        shapes |= {(j - i, j) for i, j in cuts}
+    assert len(shapes) <= 64 and all(n <= blocks.QUERIES and n % blocks.STEP == 0 for n, _ in shapes)
 
 
 def test_inputs_in_any_order_of_elements() -> None:

@@ -14,6 +14,7 @@ from accessory.data.loader import (
     eval_batches,
     micro_batches,
     num_targets,
+    padded,
     train_windows,
     windows_per_epoch,
 )
@@ -60,6 +61,15 @@ def test_collate_by_hand() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 3, 0, 0, 1, 0, 1, 2]]
     assert batch.cu_seqlens.tolist() == [0, 4, 5, 7, 10]
     assert [t.dtype for t in batch] == [torch.int64, torch.int64, torch.int64, torch.int32, torch.int32]
+
+
+def test_padded_by_hand() -> None:
+    batch = collate([Example(np.array([5, 6, 7], np.int32), 1), Example(np.array([9, 4], np.int32), 1)])
+    more = padded(batch, 2)
+    assert more.tokens.tolist() == [[5, 6, 7, 9, 4, 0, 0]] and more.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0]]
+    assert more.labels.tolist() == [[-100, 6, 7, -100, 4, -100, -100]]
+    assert more.cu_seqlens.tolist() == [0, 3, 5, 7] and more.after.tolist() == [-1, -1, -1]
+    assert [t.dtype for t in more] == [t.dtype for t in batch] and padded(batch, 0) is batch
 
 
 def test_collate_any_examples() -> None:

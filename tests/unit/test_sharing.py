@@ -209,6 +209,17 @@ def test_a_run_is_the_same_with_and_without(tmp_path, checkpointing: str) -> Non
         assert (a - b).abs().max() <= 2e-5 * a.abs().max()
 
 
+@pytest.mark.parametrize("share", [False, True])
+def test_a_run_is_the_same_where_rows_are_padded(tmp_path, monkeypatch: pytest.MonkeyPatch, share: bool) -> None:
+    one, tokens = run(tmp_path / "as they are", share)
+    # a head's rows too
+    monkeypatch.setattr(products, "padding", lambda count, dtype, device: -count % 32 if count > 1 else 0)
+    other, more = run(tmp_path / "padded", share)
+    assert more == [n + -n % 32 for n in tokens] != tokens
+    for a, b in zip(one, other, strict=True):
+        assert (a - b).abs().max() <= 2e-5 * a.abs().max()
+
+
 def test_a_window_of_attention_counts_what_comes_before() -> None:
     checkpoint, args = random_checkpoint(TINY, torch.float32)
     model = build(checkpoint, dataclasses.replace(args, sliding_window=40), TuningArgs())
