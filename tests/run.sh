@@ -11,4 +11,4 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1       # the reference imple
 "$python" -m ruff check .
 slow=(--durations=15 --durations-min=2)
 if [ $# -gt 0 ]; then exec "$python" -m pytest "${slow[@]}" "$@"; fi
-exec "$python" -m pytest -n 2 --dist loadfile "${slow[@]}" tests    # two files at a time
+exec "$python" -m pytest -n 3 --dist loadfile "${slow[@]}" tests    # three files at a time: many wait for ranks and launchers
