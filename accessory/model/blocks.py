@@ -85,7 +85,8 @@ class _Attend(torch.autograd.Function):
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], y: Tensor) -> Tensor:
-    """torch's kernel for each sequence, into y; it knows grouped heads."""
+    """torch's kernel for each sequence, into y."""
+    k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     for a, b in zip(bounds, bounds[1:]):
         part = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         found, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True)
