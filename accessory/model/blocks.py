@@ -12,7 +12,7 @@ every key that counts. Proof: tests/unit/test_attention_blocks.py.
 Shapes: T tokens of a packed row, L of a sequence, n of a block, S = j keys, H query heads, K kv heads, G = H / K, Dh head dim.
 """
 
-from typing import Any, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,14 +69,18 @@ class _Attend(torch.autograd.Function):
             whole = _rounded(b - a)
             keys, values = work.heads(k[a:b], whole), work.heads(v[a:b], whole)
             wide_keys, wide_values = keys.float(), values.float()
-            of_keys, of_values = (torch.zeros(keys.shape) for _ in "kv")  # fp32: of several blocks the sum
-            for i, j in _blocks(b - a):
+            for i, j in reversed(_blocks(b - a)):
                 rows = slice(a + i, min(a + j, b))
                 query, g = work.heads(q[rows], j - i), work.heads(gradient[rows], j - i)
                 p = work.probabilities(query, wide_keys, i, j)
-                of_values[:, :j] += torch.bmm(work.half(p).transpose(1, 2), g)
+                of_v = torch.bmm(work.half(p).transpose(1, 2), g)
                 s = work.half(work.scores_grad(g, wide_values, p, j))
-                of_keys[:, :j] += torch.bmm(s.transpose(1, 2), query)
+                of_k = torch.bmm(s.transpose(1, 2), query)
+                if j == whole:  # the last block sees all keys; of several the sum is fp32
+                    of_values, of_keys = of_v.float(), of_k.float()
+                else:
+                    of_values[:, :j] += of_v
+                    of_keys[:, :j] += of_k
                 work.put(q_grad[rows], torch.bmm(s, keys[:, :j]))
             work.put(k_grad[a:b], of_keys)
             work.put(v_grad[a:b], of_values)
@@ -138,11 +142,11 @@ def _rounded(length: int) -> int:
     return length + -length % STEP
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
+def _blocks(length: int) -> list[tuple[int, int]]:
     """[i, j) of each block, about equal; the last one ends at `_rounded(length)`."""
     whole = _rounded(length)
     size = _rounded(-(-length // -(-whole // QUERIES)))
-    return ((i, min(i + size, whole)) for i in range(0, length, size))
+    return [(i, min(i + size, whole)) for i in range(0, length, size)]
 
 
 def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:

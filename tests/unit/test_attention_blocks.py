@@ -74,7 +74,7 @@ def test_flash_forward_has_grouped_heads(monkeypatch: pytest.MonkeyPatch, kv: in
 def test_sequences_of_all_lengths_have_few_shapes() -> None:
     shapes = set()
     for length in range(1, 513):
-        cuts = list(blocks._blocks(length))
+        cuts = blocks._blocks(length)
         assert cuts[0][0] == 0 and all(a[1] == b[0] for a, b in zip(cuts, cuts[1:]))
         assert cuts[-1][0] < length <= cuts[-1][1] < length + blocks.STEP
         shapes |= {(j - i, j) for i, j in cuts}
