@@ -124,14 +124,19 @@ class _Work:
     def probabilities(self, query: Tensor, keys: Tensor, i: int, j: int) -> Tensor:
         """Of queries [i, j), (K, G n, Dh), over keys [0, j) of (K, L, Dh) in fp32 -> (K, G n, S) in fp32."""
         shape = (*query.shape[:2], j)
-        scores = torch.bmm(query.float() * self.scale, keys[:, :j].transpose(1, 2), out=_view(self.scores, shape))
+        scores = self.scaled(query, keys[:, :j], shape)
         scores.unflatten(1, (-1, j - i))[..., i:].add_(self.later[: j - i, : j - i])
         return torch.softmax(scores, -1, out=_view(self.softmax, shape))
 
     def scores_grad(self, gradient: Tensor, values: Tensor, p: Tensor, j: int) -> Tensor:
         """Of q k^T before its scale, from that of the block's result, (K, G n, Dh) -> (K, G n, S) in fp32."""
-        of_p = torch.bmm(gradient.float() * self.scale, values[:, :j].transpose(1, 2), out=_view(self.scores, p.shape))
+        of_p = self.scaled(gradient, values[:, :j], p.shape)
         return torch._softmax_backward_data(of_p, p, -1, p.dtype, grad_input=_view(self.change, p.shape))
+
+    def scaled(self, x: Tensor, y: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """x y^T times the scale, in fp32, where the scores are."""
+        to = _view(self.scores, shape)
+        return torch.baddbmm(to, x.float(), y.transpose(1, 2), beta=0, alpha=self.scale, out=to)
 
     def half(self, x: Tensor) -> Tensor:
         """In the inputs' dtype, for products."""
