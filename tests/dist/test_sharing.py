@@ -75,7 +75,7 @@ def test_shared_is_unshared(tuning: str) -> None:
 def tokens_seen(flags: dict[str, object]) -> list[int]:
     """A run's tokens in each batch, those of its validations too."""
     seen, usual = [], loop.to_device
-    loop.to_device = lambda batch, device: seen.append(batch.tokens.shape[1]) or usual(batch, device)
+    loop.to_device = lambda batch, *how: seen.append(batch.tokens.shape[1]) or usual(batch, *how)
     try:
         finetune(flags)
     finally:
