@@ -65,7 +65,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             correct += (target_logit >= top)[counts].sum()
             if wants_hidden or wants_weight:
                 gradient = chunk.gradient(log_total)
-                gradient[counts.stop :] = 0
+                if extra:
+                    gradient[counts.stop :] = 0
             if wants_weight:
                 _add_product(weight_grad, gradient, h, first == 0)
             if wants_hidden:

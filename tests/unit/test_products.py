@@ -136,7 +136,7 @@ def test_without_instructions_no_product_of_16_bit_is_left(monkeypatch):
 def test_rows_of_many_counts_become_few(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
     whole = {n: n + products.padding(n, torch.bfloat16, torch.device("cpu")) for n in range(1, 8193)}
-    assert all(n <= m < n + max(32, n / 16) and m % 32 == 0 for n, m in whole.items())
+    assert all(n <= m < n + max(32, n / 32) and m % 32 == 0 for n, m in whole.items())
     assert whole[8192] == 8192 and len({m for n, m in whole.items() if n > 4096}) == 32
     for dtype, device in ((torch.float32, torch.device("cpu")), (torch.bfloat16, torch.device("cuda"))):
         assert products.padding(1001, dtype, device) == 0
