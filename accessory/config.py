@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import time
 import types
 import typing
@@ -194,6 +195,7 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
     defaults |= function.__kwdefaults__ or {}
     if argv is None:  # a process of its own: one that is asked to stop takes away what it has half written
         signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+        sys.unraisablehook = _stop_again
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # Ctrl-C; not where a shell has it ignored
             signal.signal(signal.SIGINT, signal.getsignal(signal.SIGTERM))
         argv = sys.argv[1:]
@@ -213,6 +215,16 @@ def run_tool(function: Callable, argv: list[str] | None = None) -> Any:
         return function(**given)
     except (ValueError, OSError) as error:
         fail(error)
+
+
+def _stop_again(lost: Any) -> None:
+    """sys.unraisablehook: where a signal came in a callback whose exceptions Python drops (the import system has one for every
+    module), the process would go on; so it is told once more, out of the callback."""
+    stops = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT)}
+    if lost.exc_type is SystemExit and lost.exc_value.code in stops:
+        threading.Timer(0.01, os.kill, (os.getpid(), stops[lost.exc_value.code])).start()
+    else:
+        sys.__unraisablehook__(lost)
 
 
 def stop_with_launcher() -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import textwrap
@@ -279,6 +280,26 @@ TOOL = """
 def test_tools(argv: list[str], code: int, out: str) -> None:
     done = python(TOOL, *argv)
     assert (done.returncode, done.stdout + done.stderr) == (code, out)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_falls_into_a_callback_stops_a_tool_all_the_same(number: signal.Signals) -> None:
+    """Python drops what a weak reference's callback raises, and the import system has one for every module it loads."""
+    done = python(
+        f"""
+        import signal, time, weakref
+        from accessory.config import run_tool
+        class Dropped: pass
+        def main() -> None:
+            dropped = Dropped()
+            reference = weakref.ref(dropped, lambda _: signal.raise_signal({int(number)}))
+            del dropped
+            time.sleep(60)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run_tool(main)
+        """
+    )
+    assert (done.returncode, done.stdout + done.stderr) == (128 + number, "")
 
 
 def test_a_tools_help() -> None:
