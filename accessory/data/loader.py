@@ -144,16 +144,19 @@ def cell(ids: range, index: int, batch_size: int) -> range:
 
 
 def padded(batch: Batch, count: int) -> Batch:
-    """With a sequence of `count` tokens more behind the others, of which nothing is learnt."""
+    """With `count` tokens more behind the others, of which nothing is learnt: in sequences no longer than the longest there is,
+    which a sliding window may allow and no longer one."""
     if not count:
         return batch
     rows = {name: pad(getattr(batch, name), (0, count)) for name in ("tokens", "positions")}
     bounds, after = batch.cu_seqlens, batch.after
+    longest = int(bounds.diff().max())
+    ends = torch.arange(longest, count + longest, longest, dtype=bounds.dtype).clamp_(max=count)
     return batch._replace(
         **rows,
         labels=pad(batch.labels, (0, count), value=IGNORED),
-        cu_seqlens=torch.cat((bounds, bounds[-1:] + count)),
-        after=pad(after, (0, 1), value=-1),
+        cu_seqlens=torch.cat((bounds, bounds[-1] + ends)),
+        after=pad(after, (0, len(ends)), value=-1),
     )
 
 

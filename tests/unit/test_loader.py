@@ -70,6 +70,9 @@ def test_padded_by_hand() -> None:
     assert more.labels.tolist() == [[-100, 6, 7, -100, 4, -100, -100]]
     assert more.cu_seqlens.tolist() == [0, 3, 5, 7] and more.after.tolist() == [-1, -1, -1]
     assert [t.dtype for t in more] == [t.dtype for t in batch] and padded(batch, 0) is batch
+    many = padded(batch, 7)  # none is longer than the longest example
+    assert many.cu_seqlens.tolist() == [0, 3, 5, 8, 11, 12] and many.after.tolist() == [-1] * 5
+    assert many.tokens.shape[1] == 12 and padded(batch, 6).cu_seqlens.tolist() == [0, 3, 5, 8, 11]
 
 
 def test_collate_any_examples() -> None:
