@@ -9,24 +9,23 @@ torchrun with a quiet end. The same command again continues the run (--resume au
 
 import sys
 from functools import partial
+from typing import TYPE_CHECKING
 
 from accessory import config, log
-from accessory.data import carried
-from accessory.data.preview import preview
 from accessory.data.sft import DataArgs, SFTDataset, load_sft
-from accessory.data.templates import question_ids
-from accessory.generation.engine import generate
-from accessory.model import Transformer
-from accessory.model.lora import TuningArgs
-from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
+from accessory.flags import LoopArgs, OptimArgs, ParallelArgs, RunArgs, TuningArgs
 from accessory.tokenizer import Tokenizer
-from accessory.train import loop, optim
-from accessory.train.run import say_counts, train
-from accessory.train.start import RunArgs
+
+if TYPE_CHECKING:  # what imports torch is imported where it is used: --help and a wrong flag need not wait for it
+    from accessory.model import Transformer
 
 
 def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, SFTDataset | None]:
+    from accessory.data import carried
+    from accessory.data.preview import preview
+    from accessory.parallel import groups
+    from accessory.train.run import say_counts
+
     sets = load_sft(data, tokenizer, seed, show_progress=groups.rank() == 0)
     say_counts(
         *sets, lambda r: f"{r.truncated} cut, {r.dropped} dropped as too long, {r.unlabelled} with nothing to learn"
@@ -41,9 +40,13 @@ def load(data: DataArgs, tokenizer: Tokenizer, seed: int) -> tuple[SFTDataset, S
 
 
 def answer(
-    data: DataArgs, train_set: SFTDataset, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int
+    data: DataArgs, train_set: SFTDataset, model: "Transformer", tokenizer: Tokenizer, prompts: list[str], most: int
 ) -> list[str]:
     """Greedy answers to instructions, worded as in training. Every rank calls it."""
+    from accessory.data import carried
+    from accessory.data.templates import question_ids
+    from accessory.generation.engine import generate
+
     template = carried.asked_with(tokenizer, data.template, data.template_date or "", train_set.template)
     ids = [question_ids(tokenizer, p, template) for p in prompts]
     answers = generate(model, ids, most, eos_ids=tokenizer.eos_ids)
@@ -55,11 +58,14 @@ def main(
     parallel: ParallelArgs,
     tuning: TuningArgs,
     data: DataArgs,
-    optimizer_args: optim.OptimArgs,
-    loop_args: loop.LoopArgs,
+    optimizer_args: OptimArgs,
+    loop_args: LoopArgs,
 ) -> None:
     if not run.pretrained_path:
         raise ValueError("--pretrained_path is missing: name a directory")
+    from accessory.parallel import groups
+    from accessory.train.run import train
+
     finished = train(run, parallel, tuning, data, optimizer_args, loop_args, load, partial(answer, data))
     groups.destroy()
     if not finished:
@@ -67,4 +73,4 @@ def main(
 
 
 if __name__ == "__main__":
-    config.run(main, RunArgs, ParallelArgs, TuningArgs, DataArgs, optim.OptimArgs, loop.LoopArgs, doc=__doc__)
+    config.run(main, RunArgs, ParallelArgs, TuningArgs, DataArgs, OptimArgs, LoopArgs, doc=__doc__)

@@ -9,19 +9,16 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from accessory import config
 from accessory.config import flag
 from accessory.data import carried
 from accessory.data.dialog import Template
 from accessory.data.readers import prompt_lines
 from accessory.data.templates import question_ids
-from accessory.generation.engine import generate
-from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
-from accessory.parallel import groups
-from accessory.parallel.fsdp import DTYPES
+from accessory.flags import PRECISIONS
 from accessory.tokenizer import Tokenizer
+
+# what imports torch is imported where it is used: --help and a wrong flag need not wait for it
 
 
 @dataclass
@@ -51,7 +48,7 @@ class GenerateArgs:
     seed: int = flag(0, "of the sampling")
     batch_size: int = flag(8, "prompts answered side by side")
     model_parallel_size: int = flag(1, "ranks that share the model")
-    precision: str | None = flag(None, "of weights and arithmetic; none: the checkpoint's own", choices=tuple(DTYPES))
+    precision: str | None = flag(None, "of weights and arithmetic; none: the checkpoint's own", choices=PRECISIONS)
 
     def __post_init__(self) -> None:
         if not self.pretrained_path:
@@ -69,6 +66,11 @@ class GenerateArgs:
 
 
 def main(args: GenerateArgs) -> None:
+    from accessory.generation.engine import generate
+    from accessory.model.pretrained import build, carried_tuning, fill, open_pretrained
+    from accessory.parallel import groups
+    from accessory.parallel.fsdp import DTYPES
+
     groups.init(args.model_parallel_size)
     checkpoint, model_args = open_pretrained(args.pretrained_path, args.pretrained_type, args.llama_config, args.base)
     path = args.tokenizer_path or checkpoint.tokenizer
@@ -103,6 +105,8 @@ def main(args: GenerateArgs) -> None:
 
 def template_of(args: GenerateArgs, tokenizer: Tokenizer, parts: list[Path]) -> Template:
     """--template, or the checkpoint's; rank 0 says on stderr which."""
+    from accessory.parallel import groups
+
     file = carried.find(parts) if args.template is None else None
     template = carried.asked_with(tokenizer, args.template, "", carried.read(file) if file else None)
     origin = "--template" if args.template else file or f"by default, {args.pretrained_path} carries none"
@@ -112,6 +116,10 @@ def template_of(args: GenerateArgs, tokenizer: Tokenizer, parts: list[Path]) -> 
 
 
 def entry(args: GenerateArgs) -> None:
+    import torch
+
+    from accessory.parallel import groups
+
     with torch.inference_mode():
         main(args)
     groups.destroy()

@@ -8,27 +8,29 @@ exps/pretrain_7b.sh and exps/continue_lora_7b.sh are the usual way in. The same 
 (--resume auto).
 """
 
+from typing import TYPE_CHECKING
+
 from accessory import config
 from accessory.data.blocks import Blocks, PretrainDataArgs, load_corpus
-from accessory.generation.engine import generate
-from accessory.model import Transformer
-from accessory.model.lora import TuningArgs
-from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
+from accessory.flags import LoopArgs, OptimArgs, ParallelArgs, RunArgs, TuningArgs
 from accessory.tokenizer import Tokenizer
-from accessory.train import loop, optim
-from accessory.train.run import say_counts, train
-from accessory.train.start import RunArgs
+
+if TYPE_CHECKING:  # what imports torch is imported where it is used: --help and a wrong flag need not wait for it
+    from accessory.model import Transformer
 
 
 def load(data: PretrainDataArgs, tokenizer: Tokenizer, seed: int) -> tuple[Blocks, Blocks | None]:
+    from accessory.train.run import say_counts
+
     sets = load_corpus(data, tokenizer, seed)
     say_counts(*sets, lambda r: f"{r.documents} documents in all")
     return sets
 
 
-def answer(train_set: Blocks, model: Transformer, tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
+def answer(train_set: Blocks, model: "Transformer", tokenizer: Tokenizer, prompts: list[str], most: int) -> list[str]:
     """How the prompts go on, greedily. Every rank calls it."""
+    from accessory.generation.engine import generate
+
     ids = [tokenizer.encode(p, bos=tokenizer.add_bos) for p in prompts]
     answers = generate(model, ids, most, eos_ids=tokenizer.eos_ids)
     return [tokenizer.decode(new, after=head) for head, new in zip(ids, answers)]
@@ -39,9 +41,12 @@ def main(
     parallel: ParallelArgs,
     tuning: TuningArgs,
     data: PretrainDataArgs,
-    optimizer_args: optim.OptimArgs,
-    loop_args: loop.LoopArgs,
+    optimizer_args: OptimArgs,
+    loop_args: LoopArgs,
 ) -> None:
+    from accessory.parallel import groups
+    from accessory.train.run import train
+
     finished = train(run, parallel, tuning, data, optimizer_args, loop_args, load, answer)
     groups.destroy()
     if not finished:
@@ -49,4 +54,4 @@ def main(
 
 
 if __name__ == "__main__":
-    config.run(main, RunArgs, ParallelArgs, TuningArgs, PretrainDataArgs, optim.OptimArgs, loop.LoopArgs, doc=__doc__)
+    config.run(main, RunArgs, ParallelArgs, TuningArgs, PretrainDataArgs, OptimArgs, LoopArgs, doc=__doc__)

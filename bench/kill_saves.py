@@ -40,8 +40,8 @@ def rank_main(argv: list[str], variables: dict[str, str], log: str) -> None:
     """One rank's whole life, as torchrun would start it."""
     from accessory import config, main_finetune
     from accessory.data.sft import DataArgs
+    from accessory.flags import ParallelArgs
     from accessory.model.lora import TuningArgs
-    from accessory.parallel.fsdp import ParallelArgs
     from accessory.train import loop, optim
     from accessory.train.start import RunArgs
 

@@ -17,10 +17,10 @@ import torch
 
 from accessory.checkpoint import export
 from accessory.checkpoint.save import Saver
+from accessory.flags import ParallelArgs
 from accessory.model.lora import TuningArgs
 from accessory.model.pretrained import build
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import optim
 from accessory.train.start import materialise
 from tests.gpu.bodies import random_checkpoint

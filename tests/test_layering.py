@@ -11,7 +11,19 @@ from typing import Iterator, NamedTuple
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ALL = {"config", "log", "tokenizer", "parallel", "model", "weights", "data", "checkpoint", "train", "generation"}
+ALL = {
+    "flags",
+    "config",
+    "log",
+    "tokenizer",
+    "parallel",
+    "model",
+    "weights",
+    "data",
+    "checkpoint",
+    "train",
+    "generation",
+}
 MAY_IMPORT = {  # package or module of accessory -> what of accessory it may import; itself always
     "__init__": set(),
     "config": set(),
@@ -22,12 +34,13 @@ MAY_IMPORT = {  # package or module of accessory -> what of accessory it may imp
     "sentencepiece_proto": set(),
     "tokenizer_files": set(),
     "tokenizer": {"tokenizer_files", "config", "log"},
-    "parallel": {"config", "log"},
-    "model": {"parallel", "config"},
+    "flags": {"config", "log"},
+    "parallel": {"flags", "config", "log"},
+    "model": {"parallel", "flags", "config"},
     "weights": {"model", "config", "sentencepiece_proto"},
     "data": {"tokenizer", "config", "log", "sentencepiece_proto"},
     "checkpoint": {"parallel", "model", "weights", "config", "log"},
-    "train": {"parallel", "model", "checkpoint", "data", "tokenizer", "config", "log"},
+    "train": {"parallel", "model", "checkpoint", "data", "tokenizer", "flags", "config", "log"},
     "generation": {"model", "parallel", "tokenizer", "checkpoint", "data", "config", "log"},
     "main_finetune": ALL,
     "main_generate": ALL,
@@ -134,11 +147,11 @@ def test_no_peer_at_run_time():
     assert not bad, shown(bad)
 
 
-def test_config_log_launch_and_plot_import_without_torch():
+def test_what_a_start_needs_first_imports_without_torch():
     bad = [
         i
         for i in OURS
-        if unit_of(i.file) in ("config", "log", "launch", "nodes", "plot", "__init__")
+        if unit_of(i.file) in ("config", "log", "flags", "launch", "nodes", "plot", "__init__")
         and i.at_top
         and is_of(i.module, "torch")
     ]

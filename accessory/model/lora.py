@@ -11,92 +11,21 @@ W may be held in NF4 (quant.py, QLoRA): `packed`. A linear and its adapter are o
 
 import contextlib
 import difflib
-import fnmatch
 import hashlib
 import math
-import re
 from collections import Counter
-from dataclasses import dataclass, fields
 from typing import Any, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accessory.config import flag
+from accessory.flags import COLUMN, LINEARS, ROW, TuningArgs, linear_of, matches
 from accessory.model import quant
 from accessory.model.args import TUNING_KEYS
 from accessory.model.lora_function import lora_linear
 from accessory.parallel.derivatives import by_hand
 from accessory.parallel.layers import ColumnParallelLinear, RowParallelLinear, linear
-
-COLUMN, ROW = ("wq", "wk", "wv", "w1", "w3"), ("wo", "w2")
-LINEARS = COLUMN + ROW
-
-
-@dataclass
-class TuningArgs:
-    """What is trained"""
-
-    lora_rank: int = flag(
-        0, "rank of the LoRA adapters; 0: no LoRA, everything is trained unless another flag says less"
-    )
-    lora_alpha: float | None = flag(None, "LoRA's scale is lora_alpha / lora_rank; none: lora_rank, a scale of 1")
-    lora_dropout: float = flag(0.0, "dropout on the adapters' input")
-    lora_targets: list[str] = flag(LINEARS, "which linears get an adapter", choices=LINEARS)
-    modules_to_save: list[str] = flag([], "modules trained in full beside the adapters, e.g. tok_embeddings,output")
-    use_rslora: bool = flag(
-        False, "scale by lora_alpha / sqrt(lora_rank) instead, for large ranks (rank-stabilised LoRA)"
-    )
-    rank_pattern: dict[str, int] = flag({}, "other ranks for some linears, e.g. w2=16,layers.0=4; 0: no adapter there")
-    alpha_pattern: dict[str, float] = flag({}, "other alphas for some linears, e.g. layers.*.attention.wq=32")
-    bias_tuning: bool = flag(False, "give the seven linears biases (zero at first) and train them")
-    norm_tuning: bool = flag(False, "train the norms")
-    trainable: list[str] = flag(
-        [], "train exactly the parameters matching these names or globs; a leading ! freezes, e.g. '!layers.0'"
-    )
-
-    def __post_init__(self) -> None:
-        if self.lora_rank < 0:
-            raise ValueError(f"--lora_rank {self.lora_rank}: expected 0 (none) or more")
-        if wrong := [f"{k}={v}" for k, v in self.rank_pattern.items() if int(v) != v or v < 0]:
-            raise ValueError(f"--rank_pattern {wrong[0]}: expected a whole number, 0 (none) or more")
-        if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"--lora_dropout {self.lora_dropout}: expected 0 or more, below 1")
-        if self.lora_rank and not self.lora_targets:
-            raise ValueError(
-                f"--lora_targets is empty with --lora_rank {self.lora_rank}: name some of {', '.join(LINEARS)}"
-            )
-
-    @classmethod
-    def from_terms(cls, terms: dict[str, Any]) -> "TuningArgs":
-        """From adapter.json's content or a checkpoint's `adapter`; keys that are no flags are passed over."""
-        names = {f.name for f in fields(cls)}
-        return cls(**{k: v for k, v in terms.items() if k in names and v is not None})
-
-    @property
-    def alpha(self) -> float:
-        return float(self.lora_rank if self.lora_alpha is None else self.lora_alpha)
-
-    def rank_of(self, name: str) -> int:
-        """The rank of the adapter on this linear (`layers.3.attention.wq`, or one of its weights' names); 0: it has none."""
-        linear = linear_of(name)
-        if not self.lora_rank or linear.rsplit(".", 1)[-1] not in self.lora_targets:
-            return 0
-        return int(_by_pattern(self.rank_pattern, linear, self.lora_rank))
-
-    def scale_of(self, name: str) -> float:
-        """What B A x of this linear is multiplied by; 0 where it has no adapter."""
-        rank = self.rank_of(name)
-        return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank) if rank else 0.0
-
-    def alpha_of(self, name: str) -> float:
-        return float(_by_pattern(self.alpha_pattern, linear_of(name), self.alpha))
-
-    @property
-    def partly(self) -> bool:
-        """Whether something is frozen: the base then stays in the file's dtype and only the trained part is saved."""
-        return bool(self.lora_rank or self.bias_tuning or self.norm_tuning or self.modules_to_save or self.trainable)
 
 
 class LoRA:
@@ -163,17 +92,6 @@ def partial_grad(name: str) -> bool:
     if "q_norm" in parts or "k_norm" in parts:  # a rank's is that of its own heads (and of copies, by its own queries)
         return True
     return "lora_b" in parts and parts[-3] in ROW
-
-
-def linear_of(name: str) -> str:
-    """layers.0.attention.wq.lora_a.weight, or ...wq.weight, or ...wq.bias -> layers.0.attention.wq"""
-    return re.sub(r"(\.lora_[ab])?(\.weight|\.bias)?$", "", name)
-
-
-def _by_pattern(patterns: dict[str, Any], linear: str, default: Any) -> Any:
-    """The value of the longest matching pattern (of equals the first by name): no order, since JSON files are sorted."""
-    matching = sorted((p for p in patterns if matches(linear, p)), key=lambda p: (-len(p), p))
-    return patterns[matching[0]] if matching else default
 
 
 def folded(values: dict[str, Any], default: Any) -> dict[str, Any]:
@@ -315,11 +233,6 @@ def mark_trainable(model: nn.Module, tuning: TuningArgs) -> list[str]:
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in keep)
     return chosen
-
-
-def matches(name: str, pattern: str) -> bool:
-    """A glob over the whole name, or a run of its dotted parts: 'layers.0', 'attention.wq', 'norm', 'layers.*.wq.weight'."""
-    return fnmatch.fnmatchcase(name, pattern) or f".{pattern}." in f".{name}."
 
 
 def _tuned(name: str, tuning: TuningArgs, saved: list[str]) -> bool:

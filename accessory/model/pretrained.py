@@ -13,13 +13,14 @@ from typing import Any, Callable, Sequence
 import torch
 from torch import nn
 
+from accessory.flags import ParallelArgs
 from accessory.model.args import ModelArgs, read_params
 from accessory.model.calibrate import Calibration
 from accessory.model.llama import Transformer, global_shape, local_range, pad_rows, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, initial_value, linears, packed_weights
 from accessory.model.quant import STORAGE, Layout, pack, tables
 from accessory.parallel import groups
-from accessory.parallel.fsdp import DTYPES, ParallelArgs
+from accessory.parallel.fsdp import DTYPES
 
 FRESH = "fresh"  # the kind of a checkpoint without files, whose weights are drawn
 

@@ -10,66 +10,14 @@ the layers cast the weights that they use (layers.linear), the dtype being that 
 with weights held in NF4, which are gathered as they are: bits that are no numbers must not be cast.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import nn
 
-from accessory.config import FALSE, TRUE, flag
+from accessory.flags import PRECISIONS
 from accessory.parallel import exchange, groups
 from accessory.parallel.layers import VocabParallelEmbedding
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "tf32": torch.float32}
-CHECKPOINTING = ("none", "selective", "full", "auto")
-
-
-@dataclass
-class ParallelArgs:
-    """How the work is divided, and in which precision"""
-
-    model_parallel_size: int = flag(
-        1, "ranks that share one replica; any size the model's heads allow, whatever the shards on disk"
-    )
-    data_parallel: str = flag(
-        "fsdp",
-        "over the other ranks: fsdp least memory, sdp keeps a step's weights, ddp keeps all",
-        choices=("fsdp", "sdp", "ddp"),
-    )
-    cpu_offload: bool = flag(False, "keep weights and optimizer in host memory between uses (GPU only)")
-    precision: str = flag(
-        "bf16", "of the arithmetic; trained weights and gradients are fp32 always", choices=tuple(DTYPES)
-    )
-    sequence_parallel: bool = flag(
-        False, "the ranks of a replica share the tokens too, wherever they share no weight: 1/mp of the activations"
-    )
-    checkpointing: str | bool = flag(
-        "none",
-        "recompute in backward: none; selective, only what is cheap; full, whole layers (least memory, about a third more "
-        "time); auto, the first of these that fits into memory; true is full, false is none",
-    )
-    compile: bool = flag(False, "compile each layer with torch.compile: faster after a minute of warming up")
-    quant: str | None = flag(
-        None, "hold the layers' frozen linears in 4 bits (QLoRA): a quarter of their memory", choices=("nf4",)
-    )
-    calibration_tokens: int | None = flag(
-        None,
-        "with quant: so many training tokens decide how weights are rounded (GPTQ); none: four for each input of the widest "
-        "linear; 0: each to its nearest level, which is at once and worse",
-    )
-
-    def __post_init__(self) -> None:
-        given = str(self.checkpointing).lower()  # "none" arrives as None
-        self.checkpointing = "none" if given in FALSE else "full" if given in TRUE else given
-        if self.checkpointing not in CHECKPOINTING:
-            raise ValueError(
-                f"--checkpointing {given}: choose one of {', '.join(CHECKPOINTING)}, true (full), false (none)"
-            )
-        if self.calibration_tokens is not None and self.calibration_tokens < 0:
-            raise ValueError(f"--calibration_tokens {self.calibration_tokens}: 0 or more")
-        if self.calibration_tokens and self.quant is None:
-            raise ValueError(
-                f"--calibration_tokens {self.calibration_tokens} is for --quant nf4: add it, or leave it out"
-            )
+DTYPES = dict(zip(PRECISIONS, (torch.bfloat16, torch.float16, torch.float32, torch.float32)))
 
 
 def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):

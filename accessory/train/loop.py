@@ -10,107 +10,24 @@ the first backward: how a window is cut into ranks and micro batches does not ch
 
 import itertools
 import math
-from dataclasses import dataclass
 from typing import Callable, Sequence
 
 import torch
 from torch import nn
 
 from accessory import log
-from accessory.config import flag
 from accessory.data.loader import Batch, eval_batches, padded, train_windows, windows_per_epoch
+from accessory.flags import LoopArgs
 from accessory.model.attention import Segments
 from accessory.model.targets import Targets
 from accessory.parallel import groups, products
 from accessory.parallel.fsdp import DTYPES, gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
 from accessory.train import optim
-from accessory.train.profile import Phases, Profile, parse_steps
+from accessory.train.profile import Phases, Profile
 from accessory.train.state import Late, StepLines, StopSignal, TrainState, reseed
 
-TEST_MICRO_BATCHES, TEST_EVAL_BATCHES = 2, 4  # of --as_test, on each rank: two, so that gradients add up once
-
-
-@dataclass
-class LoopArgs:
-    """The loop"""
-
-    batch_size: int = flag(4, "sequences per data-parallel rank in one micro batch")
-    eval_batch_size: int | None = flag(None, "the same for validation; none: batch_size")
-    accum_iter: int = flag(1, "micro batches per optimizer step")
-    global_batch_size: int | None = flag(
-        None,
-        "sequences per optimizer step over all ranks; wins over accum_iter. none: batch_size x accum_iter x data-parallel ranks",
-    )
-    epochs: int = flag(3, "passes over the training data")
-    max_steps: int | None = flag(None, "optimizer steps, instead of epochs")
-    logging_steps: int = flag(1, "a metrics.jsonl line every so many steps")
-    eval_steps: float = flag(
-        0,
-        "validate every so many steps; below 1: a share of the run; 0: after each epoch. Always at step 0 and at the end",
-    )
-    save_steps: float = flag(
-        0, "save every so many steps; below 1: a share of the run; 0: after each epoch. Always at the end"
-    )
-    metric: str = flag(
-        "val_loss", "what the best checkpoint is judged by", choices=("val_loss", "val_perplexity", "val_accuracy")
-    )
-    early_stop_patience: int | None = flag(
-        None, "stop after so many validations in a row in which --metric did not improve; none: never"
-    )
-    stop_perplexity: float | None = flag(
-        None, "stop at the first validation after step 0 whose val_perplexity is this or less; none: never"
-    )
-    sample_steps: float = flag(
-        0, "answer --sample_prompts every so many steps; below 1: a share of the run; 0: with each validation"
-    )
-    as_test: bool = flag(
-        False,
-        "try everything once, in output_dir/as_test: one step, validation on a few batches, a sample, a checkpoint",
-    )
-    seed: int = flag(0, "of the data's order, dropout and new weights")
-    share_prompts: bool = flag(
-        True,
-        "the tokens with which prompts of a micro batch begin alike go through the layers once; false: each by itself, for "
-        "comparison",
-    )
-    profile_steps: str | None = flag(
-        None,
-        "first:last, steps from 1: what every kernel of them took, as a trace in output_dir/profile; none: no trace",
-    )
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "accum_iter", "epochs", "logging_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more")
-        for name in ("eval_batch_size", "max_steps", "global_batch_size", "early_stop_patience"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected 1 or more, or none")
-        if self.eval_steps < 0 or self.save_steps < 0 or self.sample_steps < 0:
-            raise ValueError("--eval_steps, --save_steps and --sample_steps cannot be negative")
-        if self.stop_perplexity is not None and self.stop_perplexity < 1:
-            raise ValueError(f"--stop_perplexity {self.stop_perplexity}: a perplexity is never below 1, or none")
-        if self.profile_steps is not None:
-            parse_steps(self.profile_steps)
-
-    def sequences_per_step(self, dp_size: int) -> int:
-        whole = self.global_batch_size or self.batch_size * self.accum_iter * dp_size
-        return min(whole, self.batch_size * TEST_MICRO_BATCHES * dp_size) if self.as_test else whole
-
-    def total_steps(self, windows: int) -> int:
-        return 1 if self.as_test else self.max_steps if self.max_steps is not None else self.epochs * windows
-
-    def ends_early(self, state: TrainState) -> str | None:
-        """Why a run in this state is over before its last step; None where it goes on."""
-        if not state.validated_at:  # nor does the untouched model's validation end it
-            return None
-        if self.early_stop_patience is not None and state.metric == self.metric:
-            if state.stale >= self.early_stop_patience:
-                return f"{self.metric} has not improved for {state.stale} validation(s), --early_stop_patience {self.early_stop_patience}"
-        if self.stop_perplexity is not None:
-            if (perplexity := state.metrics["val_perplexity"]) <= self.stop_perplexity:
-                return f"val_perplexity is {perplexity:.4f}, --stop_perplexity {self.stop_perplexity:g}"
-        return None
+TEST_EVAL_BATCHES = 4  # of --as_test, on each rank
 
 
 def every(steps: float, max_steps: int, windows: int) -> int:

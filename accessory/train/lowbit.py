@@ -23,10 +23,11 @@ from typing import Any, Iterator
 import torch
 from torch import Tensor, nn
 
+from accessory.flags import OPTIM_STATES
 from accessory.parallel.fsdp import local
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BYTES = {"fp32": 8.0, "bf16": 4.0, "int8": 2 + 8 / 256}  # of both moments of one parameter
+BYTES = dict(zip(OPTIM_STATES, (8.0, 4.0, 2 + 8 / 256)))  # of both moments of one parameter
 BLOCK, SMALL = 256, 4096
 CHUNK = {"cpu": 2**18, "cuda": 2**22}  # numbers worked on at a time: what a cache holds, and enough to fill a GPU
 EDGE = 1 / 512  # so near to a whole code, nothing is rounded to another: twice what cutting the unit moves the largest

@@ -8,53 +8,18 @@ tenth. Test: tests/unit/test_optim.py
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from accessory.config import flag
+from accessory.flags import OptimArgs
 from accessory.parallel.fsdp import local
 from accessory.train import lowbit
 
-SCHEDULES = ("cosine", "linear", "constant", "polynomial", "cosine_with_restarts", "wsd")
 WSD_DECAY_SHARE = 0.1
 POLYNOMIAL_POWER = 2.0
 RESTARTS = 3  # cycles of cosine_with_restarts
-
-
-@dataclass
-class OptimArgs:
-    """Optimizer and schedule"""
-
-    lr: float = flag(2e-5, "peak learning rate")
-    min_lr: float = flag(0.0, "floor of the schedule")
-    lr_scheduler: str = flag("cosine", "shape after the warm-up", choices=SCHEDULES)
-    warmup_ratio: float = flag(0.03, "share of all steps that warms up; --warmup_steps wins")
-    warmup_steps: int | None = flag(None, "steps that warm up, instead of a share")
-    weight_decay: float = flag(0.0, "AdamW's decay, on matrices only")
-    adam_betas: list[float] = flag([0.9, 0.95], "AdamW's two betas")
-    adam_eps: float = flag(1e-8, "AdamW's epsilon")
-    clip_grad: float = flag(1.0, "largest norm of the whole gradient; 0: no clipping")
-    optim_states: str = flag(
-        "fp32", "AdamW's moments: bf16 halves their memory, int8 quarters it", choices=tuple(lowbit.BYTES)
-    )
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.min_lr <= self.lr:
-            raise ValueError(f"--min_lr {self.min_lr} with --lr {self.lr}: expected 0 <= min_lr <= lr")
-        if len(self.adam_betas) != 2 or not all(0 <= b < 1 for b in self.adam_betas):
-            raise ValueError(
-                f"--adam_betas {','.join(map(str, self.adam_betas))}: expected two numbers, 0 or more and below 1"
-            )
-        if not 0 <= self.warmup_ratio <= 1:
-            raise ValueError(f"--warmup_ratio {self.warmup_ratio}: expected a share between 0 and 1")
-        if (self.warmup_steps or 0) < 0 or self.clip_grad < 0 or self.weight_decay < 0:
-            raise ValueError("--warmup_steps, --clip_grad and --weight_decay cannot be negative")
-
-    def warmup(self, max_steps: int) -> int:
-        return self.warmup_steps if self.warmup_steps is not None else math.ceil(max_steps * self.warmup_ratio)
 
 
 def lr_at(step: int, max_steps: int, args: OptimArgs) -> float:

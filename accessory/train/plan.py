@@ -19,11 +19,12 @@ from typing import Any
 
 import torch
 
+from accessory.flags import ParallelArgs
 from accessory.model import attention
 from accessory.model.llama import Transformer, global_shape
 from accessory.model.lora import packed_weights
 from accessory.parallel import groups, products
-from accessory.parallel.fsdp import DTYPES, ParallelArgs
+from accessory.parallel.fsdp import DTYPES
 from accessory.parallel.loss import BLOCK, rows_of_chunk
 from accessory.train.lowbit import BYTES
 

@@ -11,7 +11,6 @@ Test: tests/unit/test_profile.py
 
 import contextlib
 import errno
-import re
 import tempfile
 import time
 from collections import deque
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from accessory import log
+from accessory.flags import parse_steps
 from accessory.parallel import groups
 
 PHASES = ("data", "forward", "backward", "communication", "optimizer", "evaluation", "saving", "profile", "other")
@@ -75,14 +75,6 @@ def time_line(record: dict[str, Any], ranks: int) -> str:
     parts = ", ".join(f"{name} {s:.2f} s ({s / total:.1%})" for name, s in seconds.items() if s >= 0.0005 * total)
     note = "; what layers and FSDP exchange is within forward and backward" if ranks > 1 else ""
     return f"time: {total:.1f} s for {record['steps']} step(s): {parts}{note}"
-
-
-def parse_steps(text: str) -> tuple[int, int]:
-    """(first, last) of --profile_steps. Raises ValueError."""
-    found = re.fullmatch(r"(\d+):(\d+)", str(text))
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise ValueError(f"--profile_steps {text}: expected first:last, steps counted from 1, such as 3:5")
-    return int(found[1]), int(found[2])
 
 
 def check_steps(text: str | None, max_steps: int) -> None:

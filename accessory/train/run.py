@@ -19,12 +19,13 @@ from accessory.checkpoint.save import Beside, Saver
 from accessory.data import carried
 from accessory.data.loader import first_batches, windows_per_epoch
 from accessory.data.readers import prompt_lines
+from accessory.flags import ParallelArgs
 from accessory.model import Transformer, shard_dim
 from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import DTYPES, ParallelArgs
+from accessory.parallel.fsdp import DTYPES
 from accessory.parallel.grads import GradientRules
 from accessory.tokenizer import Tokenizer
 from accessory.train import loop, objectives, optim, plan

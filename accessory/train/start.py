@@ -10,7 +10,6 @@ import hashlib
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +20,14 @@ from accessory import log
 from accessory.checkpoint import resume
 from accessory.checkpoint.adapter import model_args, with_adapter
 from accessory.checkpoint.formats import is_adapter
-from accessory.config import flag
 from accessory.data.loader import Batch, micro_batches
+from accessory.flags import ParallelArgs, RunArgs
 from accessory.model import Transformer
 from accessory.model.args import ModelArgs, read_params, tuning_keys
 from accessory.model.lora import TuningArgs, packed_weights
 from accessory.model.pretrained import fill, open_fresh, open_pretrained
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, sharder
+from accessory.parallel.fsdp import sharder
 from accessory.tokenizer import Tokenizer
 from accessory.train import loop
 from accessory.train.state import TrainState
@@ -37,66 +36,6 @@ SELECTIVE_BUDGET = 0.7  # of what a compiled layer keeps by itself: the partitio
 AS_TEST_TOKENS = 256  # that --as_test calibrates on
 PLACES = {"pretrained_path", "lora_path", "llama_config", "tokenizer_path", "data_config", "corpus", "output_dir"}
 OWN = PLACES | {"sample_prompts", "report_to", "num_workers"}  # flags that may differ from rank to rank
-
-
-@dataclass
-class RunArgs:
-    """The run: what it starts from and what it leaves"""
-
-    pretrained_path: str = flag(
-        "",
-        "directory (or .gguf) of the checkpoint to start from, in any format that is read; a,b,c: b and c are laid over a",
-    )
-    pretrained_type: str | None = flag(
-        None, "insist on this format; none: recognised", choices=("meta_ori", "consolidated", "hf", "gguf")
-    )
-    lora_path: str | None = flag(
-        None, "an adapter, ours or PEFT's, that is trained on; its rank, scale and targets hold"
-    )
-    llama_config: list[str] = flag([], "params.json-style files, later keys win; none: the checkpoint's own")
-    tokenizer_path: str | None = flag(None, "tokenizer.model or tokenizer.json; none: the checkpoint's own")
-    output_dir: str = flag("", "run directory: metrics.jsonl, samples, step_* checkpoints")
-    overwrite_output_dir: bool = flag(
-        False, "start anew in an output_dir that holds a run (its old checkpoints are deleted)"
-    )
-    resume: str | None = flag(
-        None, "auto: continue output_dir's newest whole checkpoint, or start; or a step_* directory"
-    )
-    save_total_limit: int | None = flag(None, "keep so many newest checkpoints; none: all")
-    keep_best: bool = flag(True, "also save and keep the checkpoint that is best by --metric")
-    keep_best_n: int = flag(1, "with keep_best: so many best ones, of equal ones the earlier")
-    only_save_trainable: bool | None = flag(
-        None, "save an adapter, or all weights (false); none: an adapter if anything is frozen"
-    )
-    embedding_dim: int = flag(
-        0, "how saved shards split tok_embeddings: 0 vocabulary (Llama 3), 1 features (Llama 1 and 2)"
-    )
-    sample_prompts: str | None = flag(
-        None, "an instruction, or a text file with one on each line, answered at every validation"
-    )
-    report_to: list[str] = flag(
-        ["tensorboard"], "beside metrics.jsonl; several with commas", choices=("none", *log.REPORTERS)
-    )
-    dry_run: bool = flag(False, "print the plan (parameters, memory, steps, tokens) and stop")
-
-    def __post_init__(self) -> None:
-        if not self.pretrained_path and not self.llama_config:
-            raise ValueError("--pretrained_path is missing: name a directory")
-        if not self.output_dir and not self.dry_run:
-            raise ValueError("--output_dir is missing: name a directory")
-        if self.embedding_dim not in (0, 1):
-            raise ValueError(f"--embedding_dim {self.embedding_dim}: 0 or 1")
-        if self.keep_best_n < 1:
-            raise ValueError(f"--keep_best_n {self.keep_best_n}: at least 1, or --keep_best false")
-        if isinstance(self.report_to, str):
-            self.report_to = [self.report_to]
-        if "none" in self.report_to and len(self.report_to) > 1:
-            raise ValueError(f"--report_to {','.join(self.report_to)}: none stands alone")
-        log.check_reporters(self.report_to)
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise ValueError(
-                f"--save_total_limit {self.save_total_limit}: at least 1, the only whole checkpoint is never deleted"
-            )
 
 
 def open_start(run: RunArgs, tuning: TuningArgs) -> tuple[Any, ModelArgs, TuningArgs]:

@@ -8,11 +8,11 @@ more: extra_mb       memory of a step beyond weights and moments
 
 import torch
 
+from accessory.flags import ParallelArgs
 from accessory.model import Transformer
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.parallel.loss import rows_of_chunk
 from accessory.train.start import materialise
 from bench import measure

@@ -14,12 +14,12 @@ import torch
 from accessory import log
 from accessory.checkpoint.adapter import with_adapter
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.model import Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import TuningArgs, mark_trainable, partial_grad
 from accessory.model.pretrained import build, open_pretrained
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.start import materialise

@@ -25,7 +25,8 @@ from accessory.model.llama import kv_copied, replicated
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad, saved_names, saved_terms
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, local
+from accessory.flags import ParallelArgs
+from accessory.parallel.fsdp import local
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.state import TrainState

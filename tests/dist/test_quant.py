@@ -19,7 +19,8 @@ from accessory.model.llama import kv_copied, shard_dim
 from accessory.model.lora import TuningArgs, packed_weights
 from accessory.model.quant import dequantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, local, reshard
+from accessory.flags import ParallelArgs
+from accessory.parallel.fsdp import local, reshard
 from accessory.train import loop, optim
 from accessory.train.run import train
 from accessory.train.start import RunArgs

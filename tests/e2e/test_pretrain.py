@@ -17,8 +17,8 @@ import pytest
 from accessory import config, main_pretrain
 from accessory.data.blocks import PretrainDataArgs
 from accessory.data.corpus import CorpusArgs, build
+from accessory.flags import ParallelArgs
 from accessory.model.lora import TuningArgs
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim
 from accessory.train.start import RunArgs
 from tests.e2e.launches import Launch, as_flags, launch_line

@@ -21,6 +21,7 @@ from accessory.checkpoint.pieces import MOMENTS
 from accessory.checkpoint.save import Saver
 from accessory.data.loader import first_batches
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.generation.engine import generate
 from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.attention import Segments, attend
@@ -28,7 +29,7 @@ from accessory.model.llama import global_shape, kv_copied
 from accessory.model.lora import TuningArgs, mark_trainable, named_seed, partial_grad
 from accessory.model.pretrained import build, fill, quantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, local
+from accessory.parallel.fsdp import local
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim, plan
 from accessory.train.start import materialise

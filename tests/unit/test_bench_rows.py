@@ -203,8 +203,8 @@ def test_help_says_what_a_program_measures_and_runs_nothing(program, monkeypatch
 
 @pytest.mark.parametrize(
     "program, words, said",
-    [(qlora_curve, "--pretrained_path x --data /nosuch", "--data /nosuch: no such file"), (kill_saves, "--kills 0", "--kills 0: 1 or more"), (ceiling, "sft --peer hf", "hf: NAME=MS, such as"),
-     (ceiling, "sft --peer hf=fast", "hf=fast: NAME=MS, such as"), (growth, "/nosuch.json", "/nosuch.json: No such file"),
+    [(qlora_curve, "--pretrained_path x --data /nosuch", "--data /nosuch: no such file"), (kill_saves, "--kills 0", "--kills 0: 1 or more"), (ceiling, "sft --beside hf", "--beside hf: no such side; there are ours-bf16,"),
+     (ceiling, "sft --rounds 0", "--rounds 0: it must be 1 or more"), (growth, "/nosuch.json", "/nosuch.json: No such file"),
      (growth, str(run.ROOT / "bench" / "results" / "sft-cpu-1.json"), "sft-cpu-1.json: no result of the row growth")],
 )  # fmt: skip
 def test_a_wrong_word_is_told_in_a_line(program, words, said, monkeypatch, capsys):

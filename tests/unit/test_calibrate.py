@@ -9,6 +9,7 @@ import torch
 
 from accessory import config
 from accessory.data.loader import first_batches, num_tokens
+from accessory.flags import ParallelArgs
 from accessory.model import calibrate, quant
 from accessory.model.calibrate import rounded
 from accessory.model.llama import Transformer
@@ -16,7 +17,6 @@ from accessory.model.lora import TuningArgs, linears, mark_trainable, packed_wei
 from accessory.model.pretrained import build, fill, quantise
 from accessory.model.quant import NF4_LEVELS, Layout, dequantise, pack, tables
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train.start import calibration_tokens
 from tests.gpu import bodies
 from tests.gpu.bodies import TINY, counting

@@ -17,13 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from accessory import config
+from accessory.flags import ParallelArgs
 from accessory.model import Transformer
 from accessory.model.llama import local_slice, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, mark_trainable
 from accessory.model.pretrained import build, fill, quantise
 from accessory.model.recompute import Remade
 from accessory.parallel import products
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim, plan
 from accessory.weights import TensorSource
 from tests.helpers import random_weights, tiny_args

@@ -12,12 +12,12 @@ import torch
 from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
+from accessory.flags import ParallelArgs
 from accessory.model import Transformer, attention
 from accessory.model.attention import Segments
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build, quantise
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train.start import materialise
 from tests.gpu.bodies import LORA, TINY, random_checkpoint
 

@@ -161,10 +161,23 @@ def test_the_flags_of_fine_tuning_are_all_there() -> None:
     """Their names are fixed: people's scripts hold them."""
     from accessory import main_finetune as m
 
-    sections = [m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.optim.OptimArgs, m.loop.LoopArgs]
+    sections = [m.RunArgs, m.ParallelArgs, m.TuningArgs, m.DataArgs, m.OptimArgs, m.LoopArgs]
     text = config.help_text(sections, "")
     listed = dict(re.findall(r"^  (--\w+).*\n +(\S.*)$", text, re.M))
     assert sorted(listed) == sorted(FLAGS) and all(len(meaning) > 10 for meaning in listed.values())
+
+
+@pytest.mark.parametrize("program", ["finetune", "pretrain", "generate"])
+def test_help_and_a_wrong_flag_do_not_wait_for_torch(tmp_path: Path, program: str) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch was wanted')\n")
+    path = {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"}
+    for argv, code, said in (
+        ("--help", 0, "--pretrained_path"),
+        ("--pretrained_pth", 1, "did you mean --pretrained_path?"),
+    ):
+        command = [sys.executable, "-m", f"accessory.main_{program}", argv, "x"]
+        done = subprocess.run(command, env=os.environ | path, capture_output=True, text=True)
+        assert done.returncode == code and said in done.stdout + done.stderr, done.stderr
 
 
 def test_given_flags_are_known() -> None:

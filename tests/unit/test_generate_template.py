@@ -52,31 +52,29 @@ def programs(calls: list[tuple[str, dict[str, Any]]]) -> list[tuple[list, str, s
     """Of each (program, flags): the prompts' ids that the engine got, stdout, stderr (of an error its text)."""
     from accessory import config, main_finetune, main_generate
     from accessory.data.sft import DataArgs
-    from accessory.model.lora import TuningArgs
-    from accessory.parallel.fsdp import ParallelArgs
-    from accessory.train import loop, optim
-    from accessory.train.start import RunArgs
+    from accessory.flags import LoopArgs, OptimArgs, ParallelArgs, RunArgs, TuningArgs
+    from accessory.generation import engine
 
-    finetune = RunArgs, ParallelArgs, TuningArgs, DataArgs, optim.OptimArgs, loop.LoopArgs
-    known = {"finetune": (main_finetune, main_finetune.main, finetune)}
-    known |= {"generate": (main_generate, main_generate.entry, (main_generate.GenerateArgs,))}
+    finetune = RunArgs, ParallelArgs, TuningArgs, DataArgs, OptimArgs, LoopArgs
+    known = {"finetune": (main_finetune.main, finetune)}
+    known |= {"generate": (main_generate.entry, (main_generate.GenerateArgs,))}
     results = []
     for name, flags in calls:
-        module, main, sections = known[name]
-        caught, real, out, err = [], module.generate, io.StringIO(), io.StringIO()
+        main, sections = known[name]
+        caught, real, out, err = [], engine.generate, io.StringIO(), io.StringIO()
 
         def generate(model, prompts, *rest, real=real, caught=caught, **keys):
             caught += prompts
             return real(model, prompts, *rest, **keys)
 
-        module.generate = generate
+        engine.generate = generate
         try:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 main(*config.parse([word for k, v in flags.items() for word in (f"--{k}", str(v))], *sections))
         except ValueError as error:
             err.write(str(error))
         finally:
-            module.generate = real
+            engine.generate = real
         results.append((caught, out.getvalue(), err.getvalue()))
     return results
 

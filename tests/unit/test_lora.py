@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from accessory import config
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.args import allowed_model_parallel_sizes, check_model_parallel
 from accessory.model.llama import global_shape, set_parameter
@@ -32,7 +33,6 @@ from accessory.model.lora import (
 )
 from accessory.model.lora_function import lora_linear
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim, plan
 from tests.unit.test_llama import assert_near, carry, peer, tokens_of
 

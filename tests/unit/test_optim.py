@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from accessory import log
 from accessory.data.sft import Example
+from accessory.flags import SCHEDULES
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import partial_grad
@@ -71,7 +72,7 @@ def test_wsd_is_that_of_transformers(warmup: int) -> None:
     np.testing.assert_allclose(curve(lr_scheduler="wsd", warmup_steps=warmup)[warmup:], expected[warmup:], rtol=1e-9)
 
 
-@pytest.mark.parametrize("name", optim.SCHEDULES)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_every_schedule_warms_up_evenly_and_keeps_its_bounds(name: str) -> None:
     rates = curve(lr_scheduler=name, warmup_steps=9, min_lr=2e-5)
     np.testing.assert_allclose(

@@ -91,16 +91,13 @@ def ended(base: Path, data: Path, out: Path, terminal: bool) -> tuple[object, st
 
     from accessory import config, main_finetune
     from accessory.data.sft import DataArgs
-    from accessory.model.lora import TuningArgs
-    from accessory.parallel.fsdp import ParallelArgs
-    from accessory.train import loop, optim
-    from accessory.train.start import RunArgs
+    from accessory.flags import LoopArgs, OptimArgs, ParallelArgs, RunArgs, TuningArgs
 
     class Printed(io.StringIO):
         def isatty(self) -> bool:
             return terminal
 
-    sections = RunArgs, ParallelArgs, TuningArgs, DataArgs, optim.OptimArgs, loop.LoopArgs
+    sections = RunArgs, ParallelArgs, TuningArgs, DataArgs, OptimArgs, LoopArgs
     flags = {"pretrained_path": base, "data_config": data, "output_dir": out, "preview": 1000}
     printed = Printed()
     with contextlib.redirect_stdout(printed):

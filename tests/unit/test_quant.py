@@ -13,12 +13,12 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from accessory import config
+from accessory.flags import ParallelArgs
 from accessory.model import ModelArgs, Transformer, quant
 from accessory.model.lora import TuningArgs, linears, mark_trainable, packed_weights, saved_terms
 from accessory.model.pretrained import build, fill, quantise
 from accessory.model.quant import NF4_LEVELS, Layout, dequantise, dynamic_levels, pack, tables
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.train import loop, optim, plan
 from tests.gpu import bodies
 from tests.gpu.bodies import LORA, TINY, counting

@@ -11,6 +11,7 @@ from torch import Tensor
 from accessory.data import sharing
 from accessory.data.loader import Batch, collate, eval_batches, num_targets
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.log import RunLog
 from accessory.model import attention, shard_dim
 from accessory.model.attention import Segments, causal_varlen
@@ -18,7 +19,6 @@ from accessory.model.llama import kv_copied
 from accessory.model.lora import TuningArgs, partial_grad
 from accessory.model.pretrained import build
 from accessory.parallel import groups, products
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, optim
 from accessory.train.objectives import next_token

@@ -8,6 +8,7 @@ import torch
 
 from accessory.data.loader import FILLER, collate
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.log import RunLog
 from accessory.model import ModelArgs, Transformer, quant, shard_dim
 from accessory.model.attention import Segments
@@ -16,7 +17,7 @@ from accessory.model.lora import TuningArgs, mark_trainable, packed_weights, par
 from accessory.model.pretrained import build, quantise
 from accessory.model.targets import IGNORED, Targets
 from accessory.parallel import groups
-from accessory.parallel.fsdp import ParallelArgs, sharder
+from accessory.parallel.fsdp import sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import lowbit, optim
 from accessory.train.loop import LoopArgs, fit, to_device

@@ -19,11 +19,11 @@ from torch.nn import functional as F
 from accessory import log
 from accessory.data.loader import train_windows
 from accessory.data.sft import Example
+from accessory.flags import ParallelArgs
 from accessory.model import shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import LINEARS, TuningArgs, mark_trainable, partial_grad
 from accessory.model.pretrained import build, open_pretrained
-from accessory.parallel.fsdp import ParallelArgs
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
 from accessory.train.start import materialise
