@@ -54,7 +54,12 @@ def environment(side_env: str, threads: int, scratch: Path) -> dict[str, str]:
     }
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor" / side_env)}
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    return GIVEN | fixed | cache | count | {"PYTHONPATH": str(ROOT)}
+    heap = {}
+    if side_env == OURS:  # as it starts a run
+        from accessory import launch
+
+        heap = launch.heap(GIVEN)
+    return GIVEN | fixed | cache | count | heap | {"PYTHONPATH": str(ROOT)}
 
 
 def run_process(

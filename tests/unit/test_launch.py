@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from accessory import launch as launcher
 from tests.helpers import ROOT
 
 WORKER = """
@@ -20,6 +21,7 @@ last = rank == world - 1
 if kind == "one wrong beside a bar" and rank == 0:
     os.write(2, b"\\rtokenise:   0%|          | 0/30")
 open(f"{sys.argv[2]}/pid-{rank}", "w").write(str(os.getpid()))
+open(f"{sys.argv[2]}/heap-{rank}", "w").write(os.environ.get("GLIBC_TUNABLES", ""))
 os.write(1, f"rank {rank} of {world} threads {os.environ['OMP_NUM_THREADS']}\\n".encode())  # in one piece
 while not all(os.path.exists(f"{sys.argv[2]}/pid-{r}") for r in range(world)):
     time.sleep(0.01)
@@ -131,3 +133,32 @@ def wait_for(tmp_path: Path, pattern: str, count: int) -> None:
         if len(list(tmp_path.glob(pattern))) == count:
             return
         time.sleep(0.1)
+
+
+def test_the_heap_gets_huge_pages_where_nothing_else_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pages, version = tmp_path / "enabled", ["glibc 2.36"]
+    pages.write_text("always [madvise] never\n")
+    monkeypatch.setattr(launcher, "HUGE_PAGES", pages)
+    monkeypatch.setattr(os, "confstr", lambda name: version[0])
+    ours = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "0"}
+    assert (
+        launcher.heap({}) == launcher.heap({"THP_MEM_ALLOC_ENABLE": "1"}) == ours
+    )  # 1: what importing accessory has set
+    assert launcher.heap({"THP_MEM_ALLOC_ENABLE": "0"}) == launcher.heap({"GLIBC_TUNABLES": "x"}) == {}
+    for version[0] in ("glibc 2.34", "musl 1.2", None):
+        assert launcher.heap({}) == {}
+    version[0] = "glibc 3.0"
+    assert launcher.heap({}) == ours
+    pages.write_text("always madvise [never]\n")
+    assert launcher.heap({}) == {}
+    pages.unlink()
+    assert launcher.heap({}) == {}
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_have_them(tmp_path: Path, world: int) -> None:
+    process = launch(tmp_path, "fine", world)
+    assert process.wait(60) == 0, process.communicate()
+    process.communicate()
+    expected = launcher.heap(os.environ).get("GLIBC_TUNABLES", os.environ.get("GLIBC_TUNABLES", ""))
+    assert [(tmp_path / f"heap-{rank}").read_text() for rank in range(world)] == [expected] * world
