@@ -11,6 +11,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -396,7 +397,10 @@ def test_ctrl_c_ends_in_no_traceback(tmp_path: Path, tokenizer: Tokenizer) -> No
     command = [sys.executable, str(ROOT / "tools" / "build_corpus.py"), "--src", "-", "--dst", str(args.dst)]
     command += ["--tokenizer_path", str(tokenizer.path)]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, **pipes)
+    heard = partial(
+        signal.signal, signal.SIGINT, signal.SIG_DFL
+    )  # a shell has it ignored where tests run in the background
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, preexec_fn=heard, **pipes)
     deadline = time.monotonic() + 60
     while not (tmp_path / "s.part" / corpus_work.JOURNAL).is_file() and time.monotonic() < deadline:
         time.sleep(0.01)
