@@ -221,7 +221,7 @@ def _stop_again(lost: Any) -> None:
     """sys.unraisablehook: where a signal came in a callback whose exceptions Python drops (the import system has one for every
     module), the process would go on; so it is told once more, out of the callback."""
     stops = {128 + number: number for number in (signal.SIGTERM, signal.SIGINT)}
-    if lost.exc_type is SystemExit and lost.exc_value.code in stops:
+    if isinstance(lost.exc_value, SystemExit) and lost.exc_value.code in stops:
         threading.Timer(0.01, os.kill, (os.getpid(), stops[lost.exc_value.code])).start()
     else:
         sys.__unraisablehook__(lost)

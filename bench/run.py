@@ -55,7 +55,7 @@ def environment(side_env: str, threads: int, scratch: Path) -> dict[str, str]:
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(scratch / "inductor" / side_env)}
     count = {name: str(threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     heap = {}
-    if side_env == OURS:  # as it starts a run
+    if side_env == OURS:  # as accessory.launch starts a run; imported now, not before GIVEN is what was given
         from accessory import launch
 
         heap = launch.heap(GIVEN)
