@@ -93,8 +93,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
         return _sdpa(q, k, v, mask)
     if takes and packed.spread is None:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
-    one_by_one = _uncompiled if torch.compiler.is_compiling() else _one_by_one
-    return one_by_one(q, k, v, packed)
+    if not torch.compiler.is_compiling():
+        return _one_by_one(q, k, v, packed)
+    if blocks.faster(q, packed.longest) and packed.spread is None:
+        return blocks.attend_opaque(q[0], k[0], v[0], packed.cu_seqlens).unsqueeze(0)
+    return _uncompiled(q, k, v, packed)
 
 
 def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:

@@ -71,6 +71,16 @@ def test_flash_forward_has_grouped_heads(monkeypatch: pytest.MonkeyPatch, kv: in
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
+def test_a_compiled_layer_has_the_same_as_one_opaque_step() -> None:
+    lengths = [70, 33, 1]
+    tensors, bounds = drawn(lengths, 4, 2, torch.bfloat16), bounds_of(lengths)
+    opaque = with_gradients(lambda *x: blocks.attend_opaque(*x, torch.tensor(bounds)), tensors)
+    usual = with_gradients(lambda *x: blocks.attend(*x, bounds), tensors)
+    assert all(torch.equal(a, b) for a, b in zip(opaque, usual))
+    inputs = [t.clone().requires_grad_() for t in tensors[:3]]
+    torch.library.opcheck(blocks.attend_opaque, (*inputs, torch.tensor(bounds)))
+
+
 def test_sequences_of_all_lengths_have_few_shapes() -> None:
     shapes = set()
     for length in range(1, 513):

@@ -17,7 +17,7 @@ from accessory.model import Transformer, attention
 from accessory.model.attention import Segments
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build, quantise
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 from accessory.train.start import materialise
 from tests.gpu.bodies import LORA, TINY, random_checkpoint
 
@@ -107,9 +107,13 @@ like_q.register_autograd(
 )
 
 
-def test_with_a_kernel_too_prompts_that_are_shared_or_not_compile_once(monkeypatch) -> None:
-    """As on a GPU: attention is in the layer's graph where nothing is shared, and between two graphs where something is."""
-    monkeypatch.setattr(attention, "_varlen_kernel", lambda device: like_q)
+@pytest.mark.parametrize("on", ["a GPU", "a CPU that multiplies bf16"])
+def test_with_a_kernel_too_prompts_that_are_shared_or_not_compile_once(monkeypatch, on: str) -> None:
+    """Attention is in the layer's graph where nothing is shared, and between two graphs where something is."""
+    if on == "a GPU":
+        monkeypatch.setattr(attention, "_varlen_kernel", lambda device: like_q)
+    else:
+        monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
     with counted_compiler(monkeypatch) as counter:
         model = model_of(2, {}, precision="bf16")
         whole = [step(model, lengths) for lengths in PACKS]
