@@ -64,7 +64,9 @@ def attend_opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
 
 
 @_opaque("accessory::attend_backward")
-def _backward_opaque(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_opaque(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     return _backward(gradient, q, k, v, bounds.tolist())
 
 

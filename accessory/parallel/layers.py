@@ -14,6 +14,8 @@ Shapes: B batch, T tokens, V vocab, D features, /mp = this rank's slice. Test: t
 """
 
 import contextlib
+from functools import partial
+from types import SimpleNamespace
 from typing import Any, Callable, Iterator, Sequence
 
 import torch
@@ -147,20 +149,19 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias.to(y.dtype)
 
 
+# what fairscale's constructors take from torch: their weights without memory, which the allocator else has to find for each
+_NOWHERE = SimpleNamespace(Tensor=partial(torch.empty, device="meta"), no_grad=torch.no_grad)
+
+
 @contextlib.contextmanager
 def _unallocated() -> Iterator[None]:
-    """fairscale 0.4.13 makes the full, unsharded weight on every rank to slice it; this skips that."""
-    original = fairscale_layers._initialize_affine_weight
-    fairscale_layers._initialize_affine_weight = lambda *args, **kwargs: None
+    """fairscale 0.4.13 makes the full, unsharded weight on every rank to slice it, and in fp32; this makes neither."""
+    original = fairscale_layers._initialize_affine_weight, fairscale_layers.torch
+    fairscale_layers._initialize_affine_weight, fairscale_layers.torch = lambda *args, **kwargs: None, _NOWHERE
     try:
         yield
     finally:
-        fairscale_layers._initialize_affine_weight = original
-
-
-def _to_meta(module: nn.Module) -> None:
-    for name, parameter in list(module.named_parameters(recurse=False)):
-        setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="meta")))
+        fairscale_layers._initialize_affine_weight, fairscale_layers.torch = original
 
 
 class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
@@ -169,7 +170,6 @@ class ColumnParallelLinear(fairscale_layers.ColumnParallelLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         with _unallocated():
             super().__init__(in_features, out_features, bias=bias, gather_output=False, init_method=lambda w: w)
-        _to_meta(self)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in) -> (.., out/mp)
         return linear(x, self.weight, self.bias)
@@ -184,7 +184,6 @@ class RowParallelLinear(fairscale_layers.RowParallelLinear):
     def __init__(self, in_features: int, out_features: int, bias: bool = False):
         with _unallocated():
             super().__init__(in_features, out_features, bias=bias, input_is_parallel=True, init_method=lambda w: w)
-        _to_meta(self)
 
     def forward(self, x: Tensor) -> Tensor:  # (.., in/mp) -> (.., out)
         y = reduce_from_mp(self.partial(x))
@@ -216,7 +215,6 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     def __init__(self, vocab_size: int, dim: int):
         with _unallocated():
             super().__init__(padded_vocab(vocab_size), dim, init_method=lambda w: w)
-        _to_meta(self)
         self.compute_dtype: torch.dtype | None = None  # of what it gives; None: its weight's
 
     def extra_repr(self) -> str:

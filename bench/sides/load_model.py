@@ -43,17 +43,19 @@ def ours(data: dict, device: str, files: str = "meta"):
     return lambda tokens: Transformer.from_pretrained(data[files], device=device)(tokens)
 
 
-def plain(data: dict, device: str):
-    """torch.load of every shard, put together, load_state_dict: what a script without a library does."""
+def plain(data: dict, device: str, mapped: bool = False):
+    """torch.load of every shard, put together, load_state_dict: what a script without a library does. Mapped: what it
+    can do at best, one copy of each weight into memory of its own, which the model computes with."""
     from bench.sides.plain_llama import Llama
 
     def run(tokens: torch.Tensor) -> torch.Tensor:
         files = sorted(Path(data["meta"]).glob("consolidated.*.pth"))
-        shards = [torch.load(f, map_location="cpu", weights_only=True) for f in files]
+        shards = [torch.load(f, map_location="cpu", weights_only=True, mmap=mapped) for f in files]
         whole = {n: _joined(n, [s[n] for s in shards]) for n in shards[0] if n != "rope.freqs"}
         del shards
-        model = Llama(json.loads((Path(data["meta"]) / "params.json").read_text())).to(torch.bfloat16)
-        model.load_state_dict(whole)
+        with torch.device("meta" if mapped else "cpu"):
+            model = Llama(json.loads((Path(data["meta"]) / "params.json").read_text())).to(torch.bfloat16)
+        model.load_state_dict(whole, assign=mapped)
         return model.to(device)(tokens)
 
     return run
@@ -81,6 +83,7 @@ WAYS = {
     "ours_one": lambda data, device: ours(data, device, "one"),
     "ours_hf": lambda data, device: ours(data, device, "hf"),
     "plain_torch": plain,
+    "plain_mapped": lambda data, device: plain(data, device, mapped=True),
     "transformers": transformers,
 }
 

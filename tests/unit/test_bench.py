@@ -344,6 +344,7 @@ def test_limits_are_rates():
     rate = measure.gemm_rate([(64, 64, 64), (64, 32, 64)], torch.float32, clock=lambda: next(seconds))
     assert rate == pytest.approx(200 * 2 * 64 * 64 * (64 + 32) / 1e9)
     assert measure.copy_rate(clock=lambda: next(seconds)) == pytest.approx(2 * measure.COPY_BYTES / 1e9)
+    assert measure.fresh_rate(clock=lambda: next(seconds)) == pytest.approx(4 * measure.COPY_BYTES / 1e9)
 
 
 # --- rows, data, peers ------------------------------------------------------------------------------------------------
