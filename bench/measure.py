@@ -6,7 +6,8 @@
 
 CPU time is of the whole process with its threads, not of its children. Memory on the CPU is the resident set (VmHWM; ru_maxrss
 would count the process that started this one), on a GPU what torch's allocator held. `python -m bench.measure WORK.json`
-measures the limits: GEMM rate in fp32 and bf16 at "gemms", the rate of a copy, and of one into memory that is fresh. Test: tests/unit/test_bench.py
+measures the limits: GEMM rate in fp32 and bf16 at "gemms", the rate of a copy, and of one into fresh memory.
+Test: tests/unit/test_bench.py
 """
 
 import gc
