@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from accessory.generation.engine import generate
 from accessory.model import ModelArgs, Transformer
@@ -572,3 +573,25 @@ def test_smollm2() -> None:
             assert (logits[:8] - truth).abs().max() <= BOUND * logits.abs().max()
     prompts, answers = zip(*((case["ids"], case["greedy16"]) for case in expected["prompts"]))
     assert generate(model, prompts, 16) == list(answers)
+
+
+class Allocated(TorchDispatchMode):
+    """The sizes of all tensors with memory of their own that are made meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if isinstance(made, torch.Tensor) and not made.is_meta:
+            self.sizes.append(made.numel())
+        return made
+
+
+def test_an_empty_model_has_no_memory_not_even_for_a_moment() -> None:
+    """fairscale's constructors would allocate every weight in fp32; with huge pages each costs 2 MB though nobody writes it."""
+    args = ModelArgs(dim=64, n_layers=2, n_heads=4, vocab_size=100, tie_word_embeddings=False, qkv_bias=True)
+    with Allocated() as allocated:
+        model = Transformer(args)
+    assert all(p.is_meta for p in model.parameters()) and max(allocated.sizes, default=0) <= 64, allocated.sizes
