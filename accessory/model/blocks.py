@@ -22,10 +22,11 @@ from torch.nn import functional as F
 from accessory.parallel import products
 from accessory.parallel.derivatives import once_only, transformed
 
-AMX = torch.cpu._is_amx_tile_supported()
-QUERIES = 256 if AMX else 128  # of a block
+QUERIES = 256 if products.AMX else 128  # of a block
 STEP = products.GRANULE  # a block is as many queries or a multiple
-FLASH_FORWARD = AMX  # torch's kernel takes half the time forward there, backward it takes one and a half times as much
+FLASH_FORWARD = (
+    products.AMX
+)  # torch's kernel takes half the time forward there, backward it takes one and a half times as much
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 

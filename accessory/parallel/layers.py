@@ -29,7 +29,7 @@ from fairscale.nn.model_parallel.mappings import (
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from accessory.parallel import exchange, groups, products
+from accessory.parallel import exchange, groups, products, spare
 from accessory.parallel.derivatives import by_hand, differentiable, input_like
 
 
@@ -132,8 +132,22 @@ class _CastLinear(torch.autograd.Function):
             return differentiable(_cast_linear, (x, weight), gradient, ctx.needs_input_grad)
         g = products.wide(gradient)
         x_grad = products.times(g, weight).to(gradient.dtype) if wants_x else None
-        weight_grad = g.flatten(0, -2).t() @ products.wide(x.flatten(0, -2)) if wants_weight else None
+        weight_grad = products.of_weight(g, products.wide(x)) if wants_weight else None
         return x_grad, weight_grad
+
+
+class _TurnedLinear(torch.autograd.Function):
+    """The same for torch.compile, which casts again by itself, but takes torch's product for the weight's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _cast_linear(x, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        return gradient @ weight.to(gradient.dtype), products.of_weight(gradient, x).to(weight.dtype)
 
 
 def _cast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -145,7 +159,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b in x's dtype, whatever that of the parameters: (.., in) -> (.., out). Their gradients come in their own."""
     if weight.dtype == x.dtype and products.native(x):
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
-    y = _CastLinear.apply(x, weight) if by_hand() else _cast_linear(x, weight)  # compiled, it is cast again by itself
+    if by_hand():
+        y = _CastLinear.apply(x, weight)
+    elif torch.compiler.is_compiling() and weight.requires_grad and products.turns(x):
+        y = _TurnedLinear.apply(x, weight)
+    else:  # compiled, it is cast again by itself
+        y = _cast_linear(x, weight)
     return y if bias is None else y + bias.to(y.dtype)
 
 
@@ -207,6 +226,28 @@ def _sizes(layer: nn.Module) -> str:
     return f"{layer.in_features}, {layer.out_features}, bias={layer.bias is not None}{over}"
 
 
+class _Lookup(torch.autograd.Function):
+    """Rows of a table. torch makes the table's gradient, zeros but for some rows, in fresh memory each time."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.weight = weight
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor | None]:
+        (tokens,), weight = ctx.saved_tensors, ctx.weight
+        if torch.is_grad_enabled():
+            return None, *differentiable(partial(F.embedding, tokens), (weight,), gradient, (True,))
+        table = spare.take(weight).zero_()
+        return None, table.index_add_(0, tokens.flatten(), gradient.flatten(0, -2))
+
+
+def _lookup(tokens: Tensor, weight: Tensor) -> Tensor:
+    return _Lookup.apply(tokens, weight) if by_hand() and weight.device.type == "cpu" else F.embedding(tokens, weight)
+
+
 class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     """Row i of the table for token i, rows split over mp. Holds `padded_vocab(V)` rows; those from V on are never looked up.
 
@@ -230,10 +271,10 @@ class VocabParallelEmbedding(fairscale_layers.VocabParallelEmbedding):
     def partial(self, tokens: Tensor) -> Tensor:
         """The rows that this rank holds, zeros for the others: an addend."""
         if groups.mp_size() == 1:
-            return F.embedding(tokens, self.weight).to(self.compute_dtype or self.weight.dtype)
+            return _lookup(tokens, self.weight).to(self.compute_dtype or self.weight.dtype)
         start = groups.mp_rank() * len(self.weight)  # by the weight: one may have been put in that has more rows
         outside = (tokens < start) | (tokens >= start + len(self.weight))
-        rows = F.embedding((tokens - start).masked_fill(outside, 0), self.weight)
+        rows = _lookup((tokens - start).masked_fill(outside, 0), self.weight)
         return rows.masked_fill(outside.unsqueeze(-1), 0.0).to(self.compute_dtype or rows.dtype)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from accessory.parallel import groups, products
+from accessory.parallel import groups, products, spare
 from accessory.parallel.derivatives import once_only
 
 CHUNK_BYTES = 128 * 2**20  # of logits a chunk may take: one chunk, as a rule, so that nothing is summed up
@@ -39,7 +39,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(
         ctx, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, rows: int, learns: bool
     ) -> tuple[Tensor, Tensor]:
-        ctx.weight_dtype = weight.dtype
+        ctx.parameter = parameter = weight
         if weight.requires_grad or not products.by_blocks(hidden, weight):
             weight = weight.to(hidden.dtype)
         start = groups.mp_rank() * weight.shape[0]
@@ -53,8 +53,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if wants_hidden else None
         weight_grad = None
         if wants_weight:
-            summed = _sum_dtype(weight, ctx.weight_dtype) if rows < len(hidden) else weight.dtype
-            weight_grad = (torch.empty_like if len(hidden) else torch.zeros_like)(weight, dtype=summed)
+            summed = _sum_dtype(weight, parameter.dtype) if rows < len(hidden) else weight.dtype
+            same = summed == parameter.dtype
+            weight_grad = spare.take(parameter) if same else torch.empty_like(weight, dtype=summed)
+            if not len(hidden):
+                weight_grad.zero_()
         chunk = _Chunk(min(rows, len(hidden)), true, hidden.dtype)
         for first in range(0, len(hidden), rows):
             h, t = hidden[first : first + rows], targets[first : first + rows]
@@ -85,8 +88,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             hidden_grad = _scaled(hidden_grad, loss_grad, torch.empty_like(hidden_grad))
         if weight_grad is not None:
             # in place where it can be, a matrix less: autograd refuses a second backward, which would find it scaled
-            same = weight_grad.dtype == ctx.weight_dtype
-            to = weight_grad if same else torch.empty_like(weight_grad, dtype=ctx.weight_dtype)
+            same = weight_grad.dtype == ctx.parameter.dtype
+            to = weight_grad if same else spare.take(ctx.parameter)
             weight_grad = _scaled(weight_grad, loss_grad, to)
         return hidden_grad, weight_grad, None, None, None, None
 

@@ -25,11 +25,14 @@ GRANULE = 32  # rows, at least, that are added together: what a tile of AMX take
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
 
 
+AMX = torch.cpu._is_amx_tile_supported()
+
+
 def _knows_bf16() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     # not oneDNN's word: it would take AVX-512 without them, and multiply in fp32
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported() or AMX
 
 
 # whether this machine's CPU has instructions for products of the dtype, and torch uses them, which it does through oneDNN
@@ -85,6 +88,21 @@ def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     for (i, j), block in _blocks(weight):
         torch.addmm(results, rows[:, i:j], block, beta=1 if i else 0, out=results)
     return x
+
+
+def turns(g: Tensor) -> bool:
+    """Whether g^T x is faster with g turned in memory before: AMX reads it so, and torch's product would turn it a tile at a time."""
+    return AMX and g.device.type == "cpu" and g.dtype == torch.bfloat16
+
+
+def of_weight(g: Tensor, x: Tensor) -> Tensor:
+    """g^T x, the gradient of a weight: g (.., O), x (.., I), both `wide` -> (O, I)."""
+    columns = g.flatten(0, -2).t()
+    if turns(g):
+        columns = columns.contiguous()
+        if torch.compiler.is_compiling():  # which would leave it as it lies, since its product takes either
+            columns = columns.as_strided(columns.shape, (columns.shape[1], 1))
+    return columns @ x.flatten(0, -2)
 
 
 def by_blocks(x: Tensor, weight: Tensor) -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from accessory.flags import OptimArgs
+from accessory.parallel import spare
 from accessory.parallel.fsdp import local
 from accessory.train import lowbit
 
@@ -120,7 +121,7 @@ def step(optimizer: torch.optim.Optimizer, lr: float, found_inf: Tensor, divide_
     optimizer.found_inf = found_inf.to(where)
     optimizer.step()
     del optimizer.grad_scale, optimizer.found_inf
-    optimizer.zero_grad(set_to_none=True)
+    spare.give(p for group in optimizer.param_groups for p in group["params"])
 
 
 def divisor(norm: Tensor, clip_grad: float, loss_scale: Tensor) -> Tensor:

@@ -106,6 +106,38 @@ def test_a_compiled_linear(instructions):
     assert x.grad.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_where_there_is_amx_a_weights_gradient_is_of_rows_turned_before(compiled, monkeypatch):
+    x, weight = drawn(1, 64, 32).requires_grad_(), drawn(48, 32, seed=1).requires_grad_()
+    g = drawn(1, 64, 48, dtype=torch.bfloat16, seed=2)
+    groups.ensure()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        # through something before and after, as in a layer: gradients then are the compiler's own, to lay as it likes
+        def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+            return torch.sigmoid(layers.linear(torch.sigmoid(x).bfloat16(), w))
+
+        torch._dynamo.reset()
+        return torch.autograd.grad((torch.compile(layer) if compiled else layer)(x, weight), (x, weight), g)
+
+    factors, true_mm = [], torch.mm
+
+    def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+        factors.append(a)
+        return true_mm(a, b, out=out)
+
+    monkeypatch.setattr(products, "AMX", False)
+    plain = gradients()
+    monkeypatch.setattr(products, "AMX", True)
+    if compiled:
+        monkeypatch.setattr(torch._inductor.select_algorithm.extern_kernels, "mm", mm)
+    for mine, other in zip(gradients(), plain):
+        assert mine.dtype == torch.float32 and mine.is_contiguous()
+        assert far(mine, other.double()) < 2 * ROUNDED[torch.bfloat16]
+    if compiled:  # x W^T, g W and g^T x
+        assert len(factors) == 3 and all(f.is_contiguous() for f in factors), [(f.shape, f.stride()) for f in factors]
+
+
 def test_without_instructions_no_product_of_16_bit_is_left(monkeypatch):
     """All of a step's products in fp32: a slow one would not be wrong, only thirty times slower."""
     from torch.utils._python_dispatch import TorchDispatchMode

@@ -1,0 +1,38 @@
+"""The memory of large gradients, handed from the optimizer to the next backward (CPU).
+
+    backward --> gradient --> optimizer --give--> kept beside its parameter --take--> backward of the next step
+
+glibc maps a block of more than 32 MiB anew whenever it is asked for, whatever was freed before. The tables of a vocabulary are such
+blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). A GPU's allocator keeps them by itself, and
+FSDP has gradients of its own; neither is touched. Test: tests/unit/test_spare.py
+"""
+
+from typing import Iterable
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+LEAST = 2**25  # bytes, the largest that glibc would find among what was freed
+
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def give(parameters: Iterable[Tensor]) -> None:
+    """Their gradients, which nobody reads any more, and which become None."""
+    for p in parameters:
+        gradient, p.grad = p.grad, None
+        if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.nbytes > LEAST:
+            _kept[p] = gradient
+
+
+def take(parameter: Tensor) -> Tensor:
+    """Like `parameter` in shape and dtype, with any content: what was given of it, or fresh memory."""
+    spare = _kept.pop(parameter, None)
+    if spare is None or (spare.shape, spare.dtype, spare.device) != (
+        parameter.shape,
+        parameter.dtype,
+        parameter.device,
+    ):
+        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    return spare

@@ -1,0 +1,121 @@
+"""Large gradients' memory goes from the optimizer to the next backward, and nowhere else: values as without, on every path."""
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from accessory.flags import ParallelArgs
+from accessory.model import Transformer
+from accessory.model.lora import TuningArgs
+from accessory.model.pretrained import build
+from accessory.parallel import groups, layers, spare
+from accessory.train import optim
+from accessory.train.start import materialise
+from tests.gpu.bodies import TINY, random_checkpoint
+
+EVERY, NONE = -1, 2**60  # values of LEAST
+STEPS = [[3, 7, 11, 3, 9], [5, 2, 96], [7, 7, 7, 7, 1, 4]]
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept():
+    groups.init(1, on="cpu")
+    yield
+    spare._kept.clear()
+
+
+def trained(monkeypatch, least: int, precision: str, tied: bool, micro_batches: int, states: str) -> tuple[list, int]:
+    """(losses and weights after every step, how often memory was used again)."""
+    used, take = 0, spare.take
+
+    def counted(parameter: torch.Tensor) -> torch.Tensor:
+        nonlocal used
+        used += parameter in spare._kept
+        return take(parameter).fill_(torch.nan)  # whatever was there is not to be read
+
+    monkeypatch.setattr(spare, "LEAST", least)
+    monkeypatch.setattr(spare, "take", counted)
+    torch.manual_seed(0)
+    checkpoint, args = random_checkpoint(TINY | {"tie_word_embeddings": tied}, torch.float32)
+    model = build(checkpoint, args, TuningArgs())
+    materialise(model, checkpoint, ParallelArgs(precision=precision), 0)
+    optimizer = optim.adamw(model.train(), optim.OptimArgs(lr=1e-2, optim_states=states))
+    found = []
+    for ids in STEPS:
+        for _ in range(micro_batches):
+            loss, count, _ = model(torch.tensor([ids]), labels=torch.tensor([ids]))
+            (loss / count).backward()
+        optim.step(optimizer, 1e-2, torch.zeros(()), torch.tensor(2.0))
+        assert all(p.grad is None for p in model.parameters())
+        found += [loss.detach(), *(p.detach().clone() for p in model.parameters())]
+    monkeypatch.undo()
+    return found, used
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("tied", [False, True], ids=["", "tied"])
+@pytest.mark.parametrize("precision, states", [("fp32", "fp32"), ("bf16", "fp32"), ("bf16", "int8")])
+def test_training_is_the_same_to_the_bit(
+    monkeypatch, precision: str, states: str, tied: bool, micro_batches: int
+) -> None:
+    kept, used = trained(monkeypatch, EVERY, precision, tied, micro_batches, states)
+    fresh, none = trained(monkeypatch, NONE, precision, tied, micro_batches, states)
+    assert none == 0 and used == (len(STEPS) - 1) * (1 if tied else 2)
+    for mine, other in zip(kept, fresh, strict=True):
+        assert torch.equal(mine, other) and mine.isfinite().all()
+
+
+def test_backward_writes_where_the_optimizer_read(monkeypatch) -> None:
+    monkeypatch.setattr(spare, "LEAST", EVERY)
+    table, tokens = nn.Parameter(torch.randn(9, 4)), torch.tensor([[1, 5, 1]])
+    layers._lookup(tokens, table).sum().backward()
+    where, first = table.grad.data_ptr(), table.grad.clone()
+    spare.give([table])
+    assert table.grad is None
+    layers._lookup(tokens, table).sum().backward()
+    assert table.grad.data_ptr() == where and torch.equal(table.grad, first)
+
+
+def test_what_does_not_fit_any_more_is_dropped(monkeypatch) -> None:
+    monkeypatch.setattr(spare, "LEAST", EVERY)
+    p = nn.Parameter(torch.zeros(4, 3))
+    p.grad = torch.zeros(4, 3)
+    spare.give([p])
+    p.data = torch.zeros(5, 3)  # a vocabulary that grew
+    assert spare.take(p).shape == (5, 3) and not spare._kept
+
+
+def test_memory_goes_with_its_parameter_and_small_gradients_at_once() -> None:
+    small, large = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(spare.LEAST // 4 + 1))
+    small.grad, large.grad = torch.zeros_like(small), torch.zeros_like(large)
+    spare.give([small, large])
+    assert list(spare._kept) == [large]
+    del large
+    gc.collect()
+    assert not spare._kept
+
+
+def test_a_lookup_is_torchs_to_the_second_derivative() -> None:
+    tokens = torch.tensor([[1, 5, 1], [0, 8, 5]])
+    table, g = torch.randn(9, 4, dtype=torch.float64, requires_grad=True), torch.randn(2, 3, 4, dtype=torch.float64)
+
+    def both(lookup) -> list[torch.Tensor]:
+        y = lookup(tokens, table)
+        (first,) = torch.autograd.grad((y.square() * g).sum(), table, create_graph=True)
+        return [y, first, *torch.autograd.grad(first.sin().sum(), table)]
+
+    for mine, other in zip(both(layers._lookup), both(F.embedding), strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_the_model_still_takes_torch_func() -> None:
+    model: Transformer = build(*random_checkpoint(TINY, torch.float32), TuningArgs())
+    materialise(model, random_checkpoint(TINY, torch.float32)[0], ParallelArgs(precision="fp32"), 0)
+    weights = dict(model.named_parameters())
+    tokens = torch.tensor([[3, 4, 5]])
+    found = torch.func.grad(lambda w: torch.func.functional_call(model, w, (tokens,)).square().sum())(weights)
+    model(tokens).square().sum().backward()
+    torch.testing.assert_close(found["tok_embeddings.weight"], model.tok_embeddings.weight.grad, rtol=1e-3, atol=1e-4)
