@@ -1,4 +1,4 @@
-"""x W^T and g W where a CPU has no instructions for the dtype, or where W is kept in another one than x.
+"""x W^T, g W and g^T x where a CPU has no instructions for the dtype, where W is kept in another one than x, or with AMX.
 
     16 bit without the instructions    torch multiplies in plain loops: 1 to 20 GFLOP/s on a core that does 87 in fp32
     here                               x in fp32; W in fp32 a block of rows at a time, in memory that is used again; the
@@ -6,6 +6,8 @@
 
 With them oneDNN builds a kernel for every shape that it has not seen among the last 1024: 3 to 12 ms, as long as the product itself.
 So the rows of batches whose lengths differ are brought to few numbers (`padding`).
+
+Where there is AMX, a weight's gradient g^T x is taken of g turned in memory before: half the time (`of_weight`).
 
 A block stays in the caches, so W may lie in 16 bit, half the memory, at no cost: a copy of all of W in fp32 costs more than the
 product of a short batch with it (docs/LOG.md). Elsewhere W is cast whole. Test: tests/unit/test_products.py
@@ -23,8 +25,6 @@ from torch.nn import functional as F
 BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
 GRANULE = 32  # rows, at least, that are added together: what a tile of AMX takes along the sum
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
-
-
 AMX = torch.cpu._is_amx_tile_supported()
 
 
@@ -91,7 +91,7 @@ def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def turns(g: Tensor) -> bool:
-    """Whether g^T x is faster with g turned in memory before: AMX reads it so, and torch's product would turn it a tile at a time."""
+    """Whether g^T x is faster with g turned in memory before, as AMX reads it: the product would turn it a tile at a time."""
     return AMX and g.device.type == "cpu" and g.dtype == torch.bfloat16
 
 

@@ -23,16 +23,14 @@ def give(parameters: Iterable[Tensor]) -> None:
     for p in parameters:
         gradient, p.grad = p.grad, None
         if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.nbytes > LEAST:
-            _kept[p] = gradient
+            whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # no part of what others hold too
+            if whole and gradient.is_contiguous():
+                _kept[p] = gradient
 
 
 def take(parameter: Tensor) -> Tensor:
     """Like `parameter` in shape and dtype, with any content: what was given of it, or fresh memory."""
     spare = _kept.pop(parameter, None)
-    if spare is None or (spare.shape, spare.dtype, spare.device) != (
-        parameter.shape,
-        parameter.dtype,
-        parameter.device,
-    ):
-        return torch.empty_like(parameter, memory_format=torch.contiguous_format)
-    return spare
+    if spare is not None and spare.shape == parameter.shape and spare.dtype == parameter.dtype:
+        return spare
+    return torch.empty_like(parameter, memory_format=torch.contiguous_format)

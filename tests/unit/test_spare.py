@@ -88,6 +88,14 @@ def test_what_does_not_fit_any_more_is_dropped(monkeypatch) -> None:
     assert spare.take(p).shape == (5, 3) and not spare._kept
 
 
+def test_a_part_of_a_larger_buffer_is_not_kept(monkeypatch) -> None:
+    monkeypatch.setattr(spare, "LEAST", EVERY)
+    p = nn.Parameter(torch.zeros(4, 3))
+    p.grad = torch.zeros(24)[:12].view(4, 3)  # as of a bucket that is sent at once
+    spare.give([p])
+    assert p.grad is None and not spare._kept
+
+
 def test_memory_goes_with_its_parameter_and_small_gradients_at_once() -> None:
     small, large = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(spare.LEAST // 4 + 1))
     small.grad, large.grad = torch.zeros_like(small), torch.zeros_like(large)
