@@ -2,8 +2,9 @@
 
     python -m bench.ablate_layers [--layers 4] [--tokens 1024] [--rounds 5] [--precision fp32|bf16] [--only lora]
 
-Layers of SmolLM2-135M's widths with random weights, a vocabulary of 2048 (its own 49,152 for the two rows about the loss), LoRA of rank 16 on all seven linears, one row of packed documents; a step
-is forward and backward. Time is this thread's own CPU seconds, the least of the rounds and the median of the rounds' ratios: so
+Layers of SmolLM2-135M's widths with random weights, a vocabulary of 2048 (its own 49,152 for the rows about the loss and the tables),
+LoRA of rank 16 on all seven linears (in the last two rows every weight is trained, in fp32), one row of packed documents; a step is
+forward and backward. Time is this thread's own CPU seconds, the least of the rounds and the median of the rounds' ratios: so
 neighbours on the machine matter little. Memory is the most that was allocated in a step beside the weights.
 
     row            on                                               off
@@ -19,6 +20,9 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
     lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
+    turned         weights' gradients of rows turned before         as they lie (compiled layers, bf16 with AMX only)
+    tables         gradients of embedding and head in memory that   in fresh memory
+                   the step before left
 """
 
 import os
@@ -40,7 +44,7 @@ from accessory.model.attention import Segments
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
 from accessory.model.norm import RMSNorm, rms_norm
-from accessory.parallel import groups, loss
+from accessory.parallel import groups, loss, products, spare
 from accessory.parallel.fsdp import DTYPES
 from accessory.train.loop import to_device
 
@@ -60,7 +64,11 @@ ROWS = (
     "attention",
     "lengths",
     "compile",
+    "turned",
+    "tables",
 )
+WHOLE = ("turned", "tables")  # rows in which every weight is trained
+TABLES = ("loss chunk", "supervised", "tables")  # rows with the true vocabulary
 Step = Callable[[], Tensor]  # forward only: the loss
 
 
@@ -77,7 +85,8 @@ def main(
     print(f"{layers} layers, {tokens} tokens, {precision}, least of {rounds} rounds; peak memory of one step")
     print(f"{'':14}{'on ms':>9}{'off ms':>9}{'gain':>7}{'median':>8}{'on MB':>9}{'off MB':>9}")
     for name in ROWS if only is None else (only,):
-        model = lora_model(layers, DTYPES[precision], 49152 if name in ("loss chunk", "supervised") else 2048)
+        vocab_size = 49152 if name in TABLES else 2048
+        model = (whole_model if name in WHOLE else lora_model)(layers, DTYPES[precision], vocab_size)
         on, off = pair(name, model, tokens)
         seconds, ratios = interleaved(model, on, off, rounds)
         memory = [peak(model, step) / 1e6 for step in (on, off)]
@@ -95,6 +104,16 @@ def lora_model(layers: int, dtype: torch.dtype, vocab_size: int) -> Transformer:
     mark_trainable(model, tuning)
     for name in [n for n, _ in model.named_parameters()]:
         set_parameter(model, name, initial_value(model, name, seed=0).to(dtype))
+    return model.train()
+
+
+def whole_model(layers: int, dtype: torch.dtype, vocab_size: int) -> Transformer:
+    """Every weight trained: fp32, multiplied in `dtype`."""
+    args = ModelArgs.from_dict(WIDTHS | {"n_layers": layers, "vocab_size": vocab_size, "tie_word_embeddings": False})
+    model = Transformer(args)
+    for name in [n for n, _ in model.named_parameters()]:
+        set_parameter(model, name, initial_value(model, name, seed=0))
+    model.tok_embeddings.compute_dtype = dtype
     return model.train()
 
 
@@ -135,6 +154,13 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return of_changing_length(model, tokens, True), of_changing_length(model, tokens, False)
     if name == "compile":
         return lambda: with_compiled(model, step), step
+    if name == "turned":
+        return (
+            lambda: with_compiled(model, step),
+            lambda: with_other(products, "AMX", False, lambda: with_compiled(model, step)),
+        )
+    if name == "tables":
+        return taking(spare.take, step), taking(torch.empty_like, step)
     raise AssertionError(name)
 
 
@@ -161,6 +187,16 @@ def with_other(owner: Any, name: str, value: Any, step: Step) -> Tensor:
         return step()
     finally:
         setattr(owner, name, usual)
+
+
+def taking(take: Callable, step: Step) -> Step:
+    """Gradients' memory by `take` until another step says otherwise: backward comes after the step."""
+
+    def with_it() -> Tensor:
+        spare.take = take
+        return step()
+
+    return with_it
 
 
 def plain_rotate(x: Tensor, turns: Tensor) -> Tensor:
@@ -215,7 +251,7 @@ def interleaved(model: Transformer, on: Step, off: Step, rounds: int) -> tuple[l
     taken: list[list[float]] = [[], []]
     for _ in range(rounds + 1):
         for step, seconds in zip((on, off), taken):
-            model.zero_grad()
+            spare.give(model.parameters())
             start = time.process_time()
             step().backward()
             seconds.append(time.process_time() - start)

@@ -76,7 +76,7 @@ class _LoraLinear(torch.autograd.Function):
             x_grad = x_grad.view(*gradient.shape[:-1], -1).to(gradient.dtype)
         rows = products.wide(x.flatten(0, -2)) if wants_a or wants_weight else None
         if wants_weight:
-            weight_grad = products.of_weight(g, rows)
+            weight_grad = products.columns(g, rows.shape[1]) @ rows
         if wants_bias:
             bias_grad = g.sum(0)
         if wants_a:

@@ -132,12 +132,12 @@ class _CastLinear(torch.autograd.Function):
             return differentiable(_cast_linear, (x, weight), gradient, ctx.needs_input_grad)
         g = products.wide(gradient)
         x_grad = products.times(g, weight).to(gradient.dtype) if wants_x else None
-        weight_grad = products.of_weight(g, products.wide(x)) if wants_weight else None
+        weight_grad = _weight_grad(g, products.wide(x)) if wants_weight else None
         return x_grad, weight_grad
 
 
 class _TurnedLinear(torch.autograd.Function):
-    """The same for torch.compile, which casts again by itself, but takes torch's product for the weight's gradient."""
+    """The same for torch.compile, with the weight's gradient of rows turned before. It is cast again by itself."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
@@ -147,7 +147,11 @@ class _TurnedLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        return gradient @ weight.to(gradient.dtype), products.of_weight(gradient, x).to(weight.dtype)
+        return gradient @ weight.to(gradient.dtype), _weight_grad(gradient, x).to(weight.dtype)
+
+
+def _weight_grad(g: Tensor, x: Tensor) -> Tensor:  # (.., out), (.., in) -> (out, in)
+    return products.columns(g.flatten(0, -2), x.shape[-1]) @ x.flatten(0, -2)
 
 
 def _cast_linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -161,7 +165,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return F.linear(x, weight, None if bias is None else bias.to(x.dtype))
     if by_hand():
         y = _CastLinear.apply(x, weight)
-    elif torch.compiler.is_compiling() and weight.requires_grad and products.turns(x):
+    elif torch.compiler.is_compiling() and weight.requires_grad and products.turns(x, x.shape[-1]):
         y = _TurnedLinear.apply(x, weight)
     else:  # compiled, it is cast again by itself
         y = _cast_linear(x, weight)

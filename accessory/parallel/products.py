@@ -1,4 +1,4 @@
-"""x W^T, g W and g^T x where a CPU has no instructions for the dtype, where W is kept in another one than x, or with AMX.
+"""x W^T and g W where a CPU has no instructions for the dtype, or where W is kept in another one than x.
 
     16 bit without the instructions    torch multiplies in plain loops: 1 to 20 GFLOP/s on a core that does 87 in fp32
     here                               x in fp32; W in fp32 a block of rows at a time, in memory that is used again; the
@@ -6,8 +6,6 @@
 
 With them oneDNN builds a kernel for every shape that it has not seen among the last 1024: 3 to 12 ms, as long as the product itself.
 So the rows of batches whose lengths differ are brought to few numbers (`padding`).
-
-Where there is AMX, a weight's gradient g^T x is taken of g turned in memory before: half the time (`of_weight`).
 
 A block stays in the caches, so W may lie in 16 bit, half the memory, at no cost: a copy of all of W in fp32 costs more than the
 product of a short batch with it (docs/LOG.md). Elsewhere W is cast whole. Test: tests/unit/test_products.py
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
 GRANULE = 32  # rows, at least, that are added together: what a tile of AMX takes along the sum
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
+TURNED_FROM = 1024  # inputs of a weight
 AMX = torch.cpu._is_amx_tile_supported()
 
 
@@ -90,19 +89,20 @@ def times(g: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     return x
 
 
-def turns(g: Tensor) -> bool:
-    """Whether g^T x is faster with g turned in memory before, as AMX reads it: the product would turn it a tile at a time."""
-    return AMX and g.device.type == "cpu" and g.dtype == torch.bfloat16
+def turns(g: Tensor, inputs: int) -> bool:
+    """Whether g is turned in memory before the product g^T x, the gradient of a weight of so many inputs. AMX takes two thirds
+    of the time then, or half, since the product would turn it a tile at a time; torch's turning, not compiled, is slow."""
+    gains = inputs >= TURNED_FROM or torch.compiler.is_compiling()
+    return gains and AMX and g.device.type == "cpu" and g.dtype == torch.bfloat16
 
 
-def of_weight(g: Tensor, x: Tensor) -> Tensor:
-    """g^T x, the gradient of a weight: g (.., O), x (.., I), both `wide` -> (O, I)."""
-    columns = g.flatten(0, -2).t()
-    if turns(g):
-        columns = columns.contiguous()
-        if torch.compiler.is_compiling():  # which would leave it as it lies, since its product takes either
-            columns = columns.as_strided(columns.shape, (columns.shape[1], 1))
-    return columns @ x.flatten(0, -2)
+def columns(g: Tensor, inputs: int) -> Tensor:
+    """g^T of g (N, O), to be multiplied with x (N, inputs)."""
+    if not turns(g, inputs):
+        return g.t()
+    turned = g.t().contiguous()
+    # the compiler leaves what a product alone reads in the order that it had, unless told
+    return turned.as_strided(turned.shape, (turned.shape[1], 1))
 
 
 def by_blocks(x: Tensor, weight: Tensor) -> bool:

@@ -106,19 +106,26 @@ def test_a_compiled_linear(instructions):
     assert x.grad.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_where_there_is_amx_a_weights_gradient_is_of_rows_turned_before(compiled, monkeypatch):
+@pytest.mark.parametrize("inputs", [products.TURNED_FROM - 1, products.TURNED_FROM])
+def test_where_there_is_amx_rows_are_turned_for_weights_of_many_inputs(inputs, monkeypatch):
+    g, x = drawn(64, 48, dtype=torch.bfloat16), drawn(64, inputs, dtype=torch.bfloat16, seed=1)
+    monkeypatch.setattr(products, "AMX", True)
+    turned = products.columns(g, inputs)
+    assert torch.equal(turned, g.t()) and turned.is_contiguous() == (inputs >= products.TURNED_FROM)
+    assert not products.turns(g.float(), inputs)
+    weight = drawn(48, inputs).requires_grad_()
+    (found,) = torch.autograd.grad(layers.linear(x, weight), weight, g)
+    assert far(found, g.double().t() @ x.double()) < ROUNDED[torch.bfloat16]
+
+
+def test_where_there_is_amx_a_compiled_weights_gradient_is_of_rows_turned_before(monkeypatch):
     x, weight = drawn(1, 64, 32).requires_grad_(), drawn(48, 32, seed=1).requires_grad_()
     g = drawn(1, 64, 48, dtype=torch.bfloat16, seed=2)
     groups.ensure()
 
-    def gradients() -> tuple[torch.Tensor, ...]:
-        # through something before and after, as in a layer: gradients then are the compiler's own, to lay as it likes
-        def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-            return torch.sigmoid(layers.linear(torch.sigmoid(x).bfloat16(), w))
-
-        torch._dynamo.reset()
-        return torch.autograd.grad((torch.compile(layer) if compiled else layer)(x, weight), (x, weight), g)
+    def layer(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        # with something before and after: gradients then are the compiler's own, to lay as it likes
+        return torch.sigmoid(layers.linear(torch.sigmoid(x).bfloat16(), w))
 
     factors, true_mm = [], torch.mm
 
@@ -126,16 +133,15 @@ def test_where_there_is_amx_a_weights_gradient_is_of_rows_turned_before(compiled
         factors.append(a)
         return true_mm(a, b, out=out)
 
-    monkeypatch.setattr(products, "AMX", False)
-    plain = gradients()
+    plain = torch.autograd.grad(layer(x, weight), (x, weight), g)
     monkeypatch.setattr(products, "AMX", True)
-    if compiled:
-        monkeypatch.setattr(torch._inductor.select_algorithm.extern_kernels, "mm", mm)
-    for mine, other in zip(gradients(), plain):
+    monkeypatch.setattr(torch._inductor.select_algorithm.extern_kernels, "mm", mm)
+    torch._dynamo.reset()
+    for mine, other in zip(torch.autograd.grad(torch.compile(layer)(x, weight), (x, weight), g), plain):
         assert mine.dtype == torch.float32 and mine.is_contiguous()
         assert far(mine, other.double()) < 2 * ROUNDED[torch.bfloat16]
-    if compiled:  # x W^T, g W and g^T x
-        assert len(factors) == 3 and all(f.is_contiguous() for f in factors), [(f.shape, f.stride()) for f in factors]
+    # x W^T, g W and g^T x
+    assert len(factors) == 3 and all(f.is_contiguous() for f in factors), [(f.shape, f.stride()) for f in factors]
 
 
 def test_without_instructions_no_product_of_16_bit_is_left(monkeypatch):
