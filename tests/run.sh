@@ -11,6 +11,4 @@ export TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1       # the reference imple
 "$python" -m ruff check .
 slow=(--durations=15 --durations-min=2)
 if [ $# -gt 0 ]; then exec "$python" -m pytest "${slow[@]}" "$@"; fi
-# three files at a time: many wait for ranks and launchers. In the order of their names, which has those of dist and e2e first: pytest-xdist's
-# own, most tests first, would end with few and long ones, one core idle
-exec "$python" -m pytest -n 3 --dist loadfile --no-loadscope-reorder "${slow[@]}" tests
+exec "$python" -m pytest -n 3 --dist loadfile "${slow[@]}" tests    # three files at a time: many wait for ranks and launchers
