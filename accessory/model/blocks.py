@@ -24,9 +24,8 @@ from accessory.parallel.derivatives import once_only, transformed
 
 QUERIES = 256 if products.AMX else 128  # of a block
 STEP = products.GRANULE  # a block is as many queries or a multiple
-FLASH_FORWARD = (
-    products.AMX
-)  # torch's kernel takes half the time forward there, backward it takes one and a half times as much
+# torch's kernel takes half the time forward there, backward it takes one and a half times as much
+FLASH_FORWARD = products.AMX
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 

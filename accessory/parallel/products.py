@@ -23,7 +23,7 @@ from torch.nn import functional as F
 BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
 GRANULE = 32  # rows, at least, that are added together: what a tile of AMX takes along the sum
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
-TURNED_FROM = 1024  # inputs of a weight
+TURNED_FROM = 1024  # inputs of a weight, for which torch's turning costs less than it saves
 AMX = torch.cpu._is_amx_tile_supported()
 
 

@@ -1,10 +1,11 @@
 """The memory of large gradients, handed from the optimizer to the next backward (CPU).
 
-    backward --> gradient --> optimizer --give--> kept beside its parameter --take--> backward of the next step
+    backward --take--> gradient --> optimizer --give--> kept beside its parameter --take--> backward of the next step
 
 glibc maps a block of more than 32 MiB anew whenever it is asked for, whatever was freed before. The tables of a vocabulary are such
-blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). A GPU's allocator keeps them by itself, and
-FSDP has gradients of its own; neither is touched. Test: tests/unit/test_spare.py
+blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). Only what a backward took is kept: of any
+other gradient it would wait in vain. A GPU's allocator keeps memory by itself, and FSDP has gradients of its own; neither is
+touched. Test: tests/unit/test_spare.py
 """
 
 from typing import Iterable
@@ -15,14 +16,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST = 2**25  # bytes, the largest that glibc would find among what was freed
 
-_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_kept: WeakTensorKeyDictionary = (
+    WeakTensorKeyDictionary()
+)  # of each parameter that takes, its gradient's memory or None
 
 
 def give(parameters: Iterable[Tensor]) -> None:
     """Their gradients, which nobody reads any more, and which become None."""
     for p in parameters:
         gradient, p.grad = p.grad, None
-        if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.nbytes > LEAST:
+        if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.nbytes > LEAST and p in _kept:
             whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # no part of what others hold too
             if whole and gradient.is_contiguous():
                 _kept[p] = gradient
@@ -30,7 +33,8 @@ def give(parameters: Iterable[Tensor]) -> None:
 
 def take(parameter: Tensor) -> Tensor:
     """Like `parameter` in shape and dtype, with any content: what was given of it, or fresh memory."""
-    spare = _kept.pop(parameter, None)
+    spare = _kept.get(parameter)
+    _kept[parameter] = None
     if spare is not None and spare.shape == parameter.shape and spare.dtype == parameter.dtype:
         return spare
     return torch.empty_like(parameter, memory_format=torch.contiguous_format)
