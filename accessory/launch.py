@@ -7,7 +7,7 @@ Takes torchrun's own flags and starts the same agent. It differs in eight things
     30 s); a second ends it. Where one node is told, all save, and none ends as finished;
   - one-node runs take a free port by themselves, so two can share a machine;
   - OMP_NUM_THREADS is this machine's cores divided by the ranks (torchrun sets 1, which idles a CPU run);
-  - glibc asks Linux for huge pages for its whole heap, which on a CPU saves memory (`heap`);
+  - glibc asks Linux for huge pages for its whole heap and keeps what a step frees, for speed and memory on a CPU (`heap`);
   - TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, without which torch 2.13 cannot restart or grow an elastic job;
   - a single rank of one of our programs has no agent, which would import torch first: it starts seconds earlier.
 """
@@ -140,9 +140,10 @@ def share_cores(ranks: int) -> None:
 
 
 def heap(environment: Mapping[str, str]) -> dict[str, str]:
-    """The variables that glibc (2.35 on) takes huge pages for the heap by, and torch none of its own: torch would begin each large
-    tensor at such a page, between which holes remain. They count only where a process begins, so `import accessory` has to leave
-    it to torch. docs/LOG.md, "Holes in the heap". Empty where the environment tells either something else, or Linux gives no such pages.
+    """The variables that glibc (2.35 on) takes huge pages for the heap by and keeps freed memory, and torch takes no such pages of
+    its own: it would begin each large tensor at one, between which holes remain. They count only where a process begins, so `import
+    accessory` has to leave it to torch. docs/LOG.md, "Holes in the heap", "Memory that is kept". Empty where the environment tells
+    either something else, or Linux gives no such pages.
     """
     told = "GLIBC_TUNABLES" in environment or environment.get("THP_MEM_ALLOC_ENABLE", "1") != "1"
     try:
@@ -152,7 +153,13 @@ def heap(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     if told or not given or name != "glibc" or [int(n) for n in version.split(".")[:2]] < [2, 35]:
         return {}
-    return {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "0"}
+    # what one step frees, the next one takes: blocks up to a chunk of the loss (parallel/loss.py), which glibc would map anew each
+    # time, and the heap's end, which it would give back
+    malloc = {"hugetlb": 1, "mmap_threshold": 2**27, "trim_threshold": 2**30}
+    return {
+        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={n}" for name, n in malloc.items()),
+        "THP_MEM_ALLOC_ENABLE": "0",
+    }
 
 
 def pass_on(number: int, received: list[int]) -> None:

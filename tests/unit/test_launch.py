@@ -140,7 +140,8 @@ def test_the_heap_gets_huge_pages_where_nothing_else_is_told(monkeypatch: pytest
     pages.write_text("always [madvise] never\n")
     monkeypatch.setattr(launcher, "HUGE_PAGES", pages)
     monkeypatch.setattr(os, "confstr", lambda name: version[0])
-    ours = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "0"}
+    tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=1073741824"
+    ours = {"GLIBC_TUNABLES": tunables, "THP_MEM_ALLOC_ENABLE": "0"}
     assert (
         launcher.heap({}) == launcher.heap({"THP_MEM_ALLOC_ENABLE": "1"}) == ours
     )  # 1: what importing accessory has set

@@ -7,6 +7,7 @@ import torch
 
 from accessory.model import rope
 from accessory.model.args import ModelArgs
+from accessory.parallel import products
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -90,8 +91,11 @@ def test_llama3_by_the_definition_in_fp64() -> None:
 def test_tables_are_fp32_and_exact_far_out() -> None:
     freqs, _ = rope.frequencies(128, 500000.0, LLAMA3)
     positions = torch.tensor([[0, 1, 4095, 131071]])
-    cos, sin = rope.table(positions, freqs, 1.0).unbind(-1)
+    table = rope.table(positions, freqs, 1.0).unflatten(-1, (-1, 2))
+    cos, sin = table[:, :, :1].unbind(-1)
     assert cos.dtype == sin.dtype == torch.float32 and cos.shape == (1, 4, 1, 64)
+    assert torch.equal(table[:, :, 1], torch.cat((cos, cos), 2).transpose(2, 3))
+    assert torch.equal(table[:, :, 2], torch.cat((-sin, sin), 2).transpose(2, 3))
     angles = positions.double().unsqueeze(-1) * freqs.double()
     for table, exact in ((cos, angles.cos()), (sin, angles.sin())):
         assert (table.squeeze(2) - exact).abs().max() < 5e-3  # fp32 holds an angle of 131071 to 2^-7 turns of rounding
@@ -113,6 +117,26 @@ def test_it_turns_interleaved_pairs() -> None:
     half = rope.rotate(x.bfloat16(), rope.table(positions, freqs, 1.0))
     assert half.dtype == torch.bfloat16
     torch.testing.assert_close(half.float(), y, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("instructions", [True, False])
+def test_compiled_it_is_the_same_to_the_bit(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, instructions) -> None:
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, instructions)
+    torch.compiler.reset()
+    draw = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(2, 5, 3, 8, generator=draw).to(dtype) for _ in range(2))
+    table = rope.table(torch.tensor([[0, 1, 2, 3, 4], [7, 3, 9, 0, 2]]), *rope.frequencies(8, 100.0, None))
+    found = []
+    for rotate in (rope.rotate, torch.compile(rope.rotate)):
+        inputs = x.clone().requires_grad_()
+        y = rotate(inputs, table)
+        found.append((y, *torch.autograd.grad(y, inputs, g)))
+    for mine, other in zip(*found, strict=True):
+        if dtype == torch.bfloat16 and instructions:
+            assert torch.equal(mine, other)
+        else:
+            torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize(
