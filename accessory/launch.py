@@ -142,7 +142,7 @@ def share_cores(ranks: int) -> None:
 def heap(environment: Mapping[str, str]) -> dict[str, str]:
     """The variables that glibc (2.35 on) takes huge pages for the heap by and keeps freed memory, and torch takes no such pages of
     its own: it would begin each large tensor at one, between which holes remain. They count only where a process begins, so `import
-    accessory` has to leave it to torch. docs/LOG.md, "Holes in the heap", "Memory that is kept". Empty where the environment tells
+    accessory` has to leave it to torch. docs/LOG.md, "Holes in the heap", ".. memory that is kept". Empty where the environment tells
     either something else, or Linux gives no such pages.
     """
     told = "GLIBC_TUNABLES" in environment or environment.get("THP_MEM_ALLOC_ENABLE", "1") != "1"
@@ -153,13 +153,13 @@ def heap(environment: Mapping[str, str]) -> dict[str, str]:
         return {}
     if told or not given or name != "glibc" or [int(n) for n in version.split(".")[:2]] < [2, 35]:
         return {}
-    # what one step frees, the next one takes: blocks up to a chunk of the loss (parallel/loss.py), which glibc would map anew each
-    # time, and the heap's end, which it would give back
-    malloc = {"hugetlb": 1, "mmap_threshold": 2**27, "trim_threshold": 2**30}
-    return {
-        "GLIBC_TUNABLES": ":".join(f"glibc.malloc.{name}={n}" for name, n in malloc.items()),
-        "THP_MEM_ALLOC_ENABLE": "0",
-    }
+    malloc = {"hugetlb": 1}
+    if not environment.keys() & {"MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"}:
+        # what one step frees, the next one takes: blocks up to a chunk of the loss (parallel/loss.py), which glibc would map anew
+        # each time, and the heap's end, which it would give back
+        malloc |= {"mmap_threshold": 2**27, "trim_threshold": 2**30}
+    tunables = ":".join(f"glibc.malloc.{name}={n}" for name, n in malloc.items())
+    return {"GLIBC_TUNABLES": tunables, "THP_MEM_ALLOC_ENABLE": "0"}
 
 
 def pass_on(number: int, received: list[int]) -> None:

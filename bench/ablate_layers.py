@@ -20,6 +20,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
     lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
+    rotary too     its pairs exchanged by a product, in vectors     real numbers (compiled layers, bf16 only)
     turned         weights' gradients of rows turned before         as they lie (compiled layers, bf16 with AMX only)
     tables         gradients of embedding and head in memory that   in fresh memory
                    the step before left
@@ -64,6 +65,7 @@ ROWS = (
     "attention",
     "lengths",
     "compile",
+    "rotary too",
     "turned",
     "tables",
 )
@@ -154,10 +156,11 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return of_changing_length(model, tokens, True), of_changing_length(model, tokens, False)
     if name == "compile":
         return lambda: with_compiled(model, step), step
-    if name == "turned":
+    if name in ("rotary too", "turned"):
+        other = (rope, "rotate", plain_rotate) if name == "rotary too" else (products, "AMX", False)
         return (
             lambda: with_compiled(model, step),
-            lambda: with_other(products, "AMX", False, lambda: with_compiled(model, step)),
+            lambda: with_other(*other, lambda: with_compiled(model, step)),
         )
     if name == "tables":
         return taking(spare.take, step), taking(torch.empty_like, step)
@@ -199,8 +202,8 @@ def taking(take: Callable, step: Step) -> Step:
     return with_it
 
 
-def plain_rotate(x: Tensor, turns: Tensor) -> Tensor:
-    (a, b), (cos, sin) = x.float().unflatten(-1, (-1, 2)).unbind(-1), turns.unbind(-1)
+def plain_rotate(x: Tensor, table: Tensor) -> Tensor:
+    (a, b), (cos, sin) = (t.float().unflatten(-1, (-1, 2)).unbind(-1) for t in (x, table[:, :, :1]))
     return torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1).flatten(-2).type_as(x)
 
 

@@ -55,10 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_weight:
             summed = _sum_dtype(weight, parameter.dtype) if rows < len(hidden) else weight.dtype
             same = summed == parameter.dtype
-            if not same and len(hidden) <= rows and products.turns_result(hidden):  # backward's cast turns it back
-                weight_grad = weight.new_empty(weight.shape[::-1]).t()
-            else:
-                weight_grad = spare.take(parameter) if same else torch.empty_like(weight, dtype=summed)
+            weight_grad = spare.take(parameter) if same else torch.empty_like(weight, dtype=summed)
             if not len(hidden):
                 weight_grad.zero_()
         chunk = _Chunk(min(rows, len(hidden)), true, hidden.dtype)
@@ -178,9 +175,6 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -
     if first:
         total[gradient.shape[1] :] = 0
     total = total[: gradient.shape[1]]
-    if not total.is_contiguous():
-        torch.mm(hidden.t().contiguous(), gradient, out=total.t())
-        return
     if total.dtype == gradient.dtype:
         torch.addmm(total, gradient.t(), hidden, beta=0 if first else 1, out=total)
         return

@@ -105,12 +105,6 @@ def columns(g: Tensor, inputs: int) -> Tensor:
     return turned.as_strided(turned.shape, (turned.shape[1], 1))
 
 
-def turns_result(x: Tensor) -> bool:
-    """Whether g^T x is taken as the transpose of x^T g, where g has more columns than x and whoever reads the result goes over all
-    of it anyway, to cast it: x is turned quickly, and the cast costs less more than turning g, a tile at a time, would."""
-    return AMX and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.shape[1] < min(TURNED_FROM, len(x))
-
-
 def by_blocks(x: Tensor, weight: Tensor) -> bool:
     """Whether W, frozen or not, is cast while it is used; else as a whole, which is then best done once."""
     mixed = weight.dtype != x.dtype and x.dtype == torch.float32

@@ -140,8 +140,11 @@ def test_the_heap_gets_huge_pages_where_nothing_else_is_told(monkeypatch: pytest
     pages.write_text("always [madvise] never\n")
     monkeypatch.setattr(launcher, "HUGE_PAGES", pages)
     monkeypatch.setattr(os, "confstr", lambda name: version[0])
-    tunables = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=1073741824"
-    ours = {"GLIBC_TUNABLES": tunables, "THP_MEM_ALLOC_ENABLE": "0"}
+    pages_alone = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1", "THP_MEM_ALLOC_ENABLE": "0"}
+    kept = ":glibc.malloc.mmap_threshold=134217728:glibc.malloc.trim_threshold=1073741824"
+    ours = pages_alone | {"GLIBC_TUNABLES": pages_alone["GLIBC_TUNABLES"] + kept}
+    for told in ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_"):
+        assert launcher.heap({told: "1048576"}) == pages_alone
     assert (
         launcher.heap({}) == launcher.heap({"THP_MEM_ALLOC_ENABLE": "1"}) == ours
     )  # 1: what importing accessory has set

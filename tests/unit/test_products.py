@@ -90,32 +90,6 @@ def test_head_and_loss(trained, instructions, monkeypatch):
     assert not trained or far(weight.grad, w.grad) < 2e-2
 
 
-@pytest.mark.parametrize("vocab", [50, 47])  # the second with rows of padding
-def test_where_there_is_amx_a_heads_gradient_is_made_as_its_transpose(vocab, monkeypatch):
-    hidden, targets = drawn(40, 16, dtype=torch.bfloat16), torch.arange(40) % 47
-    weight, shapes, real = drawn(50, 16, seed=1).requires_grad_(), [], torch.mm
-
-    def mm(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
-        shapes.append((*a.shape, b.shape[1]))
-        return real(a, b, out=out)
-
-    def gradient() -> torch.Tensor:
-        total, _ = loss.linear_cross_entropy(hidden, weight, targets, vocab)
-        return torch.autograd.grad(total * 0.5, weight)[0]
-
-    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
-    plain = gradient()
-    monkeypatch.setattr(products, "AMX", True)
-    monkeypatch.setattr(torch, "mm", mm)
-    found = gradient()
-    assert shapes == [(64, 16, vocab), (16, 64, vocab)]
-    assert not products.turns_result(hidden[:16]) and not products.turns_result(
-        hidden.float()
-    )  # x is to be the smaller
-    assert found.dtype == torch.float32 and found.is_contiguous() and not found[vocab:].any()
-    assert far(found, plain.double()) < ROUNDED[torch.bfloat16]
-
-
 def test_attention(instructions):
     q, k, v = (drawn(1, 40, n, 16, dtype=torch.bfloat16, seed=n) for n in (4, 2, 2))
     packed = attention.Segments(torch.tensor([0, 11, 40]), q.device)
