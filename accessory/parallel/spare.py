@@ -2,8 +2,8 @@
 
     backward --take--> gradient --> optimizer --give--> kept beside its parameter --take--> backward of the next step
 
-glibc maps a block of more than 32 MiB anew whenever it is asked for, whatever was freed before. The tables of a vocabulary are such
-blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). Only what a backward took is kept: of any
+glibc maps a block of more than 32 MiB anew whenever it is asked for, whatever was freed before (under accessory.launch, 128). The
+tables of a vocabulary are such blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). Only what a backward took is kept: of any
 other gradient it would wait in vain. A GPU's allocator keeps memory by itself, and FSDP has gradients of its own; neither is
 touched. Test: tests/unit/test_spare.py
 """
@@ -16,9 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 LEAST = 2**25  # bytes, the largest that glibc would find among what was freed
 
-_kept: WeakTensorKeyDictionary = (
-    WeakTensorKeyDictionary()
-)  # of each parameter that takes, its gradient's memory or None
+# of each parameter that takes, its gradient's memory or None
+_kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def give(parameters: Iterable[Tensor]) -> None:
