@@ -20,7 +20,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
     lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
-    rotary too     its pairs exchanged by a product, in vectors     real numbers (compiled layers, bf16 only)
+    rotary too     a pair taken as one int32, in vectors            real numbers (compiled layers, bf16 only)
     turned         weights' gradients of rows turned before         as they lie (compiled layers, bf16 with AMX only)
     tables         gradients of embedding and head in memory that   in fresh memory
                    the step before left

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from accessory.parallel import products
 from accessory.parallel.derivatives import by_hand
 
 KNOWN = {
@@ -23,6 +22,7 @@ KNOWN = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
 }
+UPPER = -(2**16)  # bits 16 to 31
 OPTIONAL = {"yarn": {"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate"}}
 
 
@@ -100,18 +100,17 @@ def _yarn_warmth(factor: float, scaling: dict[str, Any]) -> float:
 
 def table(positions: Tensor, freqs: Tensor, factor: float) -> Tensor:
     """cos and sin beside each other for (B, T) positions: (B, T, 1, Dh) fp32, ready to broadcast over heads. On a CPU
-    (B, T, 3, Dh), for compiled layers too: then of every pair the cos twice, then minus the sin and the sin."""
+    (B, T, 2, Dh), for compiled layers too: then all cos and all sin."""
     angles = positions.unsqueeze(-1).float() * freqs.to(positions.device)  # (B, T, Dh/2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
-    if positions.device.type != "cpu":
-        return torch.stack((cos, sin), dim=-1).flatten(-2).unsqueeze(2)
-    return torch.stack((cos, sin, cos, cos, -sin, sin), dim=-1).unflatten(-1, (3, 2)).transpose(2, 3).flatten(-2)
+    pairs = torch.stack((cos, sin), dim=-1).flatten(-2)
+    return pairs.unsqueeze(2) if positions.device.type != "cpu" else torch.stack((pairs, torch.cat((cos, sin), -1)), dim=2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
     """Turns each interleaved pair of x (B, T, H, Dh) by its position's angle, in fp32 or x's fp64; the result has x's dtype."""
-    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.bfloat16 and products.native(x):
-        return _Turned.apply(x, table[:, :, 1:2], table[:, :, 2:])
+    if torch.compiler.is_compiling() and x.device.type == "cpu" and x.dtype == torch.bfloat16:
+        return _Turned.apply(x, *table[:, :, 1:].chunk(2, dim=-1))
     pairs = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, 2))
     turns = table[:, :, :1].unflatten(-1, (-1, 2))
     if not by_hand():  # inductor knows no complex numbers, vmap none of their views
@@ -122,8 +121,8 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 class _Turned(torch.autograd.Function):
-    """The same numbers for inductor, which on a CPU makes no vectors of what takes every other element. a and b change places by
-    a product, exact since each of its sums has one term."""
+    """The same numbers for inductor, which on a CPU makes no vectors of what takes every other element: a pair in bf16 is one
+    int32."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -133,10 +132,17 @@ class _Turned(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         cos, sin = ctx.saved_tensors
-        return _turned(gradient, cos, -sin), None, None  # by the opposite angle
+        return _turned(gradient, cos, sin, -1), None, None
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:  # a cos - b sin, b cos + a sin; cos and sin (B, T, 1, Dh)
-    i = torch.arange(x.shape[-1], device=x.device)
-    exchanged = x @ ((i.unsqueeze(1) ^ 1) == i).to(x.dtype)
-    return (x * cos + exchanged * sin).type_as(x)
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:  # cos and sin (B, T, 1, Dh/2)
+    pairs = x.view(torch.int32)  # a in the lower bits, b in the upper ones, which are those of the number in fp32
+    a, b = (pairs << 16).view(torch.float32), (pairs & UPPER).view(torch.float32)
+    low, high = _rounded(a * cos - b * sin * sign), _rounded(a * sin * sign + b * cos)
+    return (low >> 16 & ~UPPER | high & UPPER).view(torch.bfloat16)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """The bits of fp32, of which the upper 16 are bf16's nearest, of two as near the even one."""
+    bits = x.view(torch.int32)
+    return bits + 0x7FFF + (bits >> 16 & 1)

@@ -23,7 +23,7 @@ def test_sft_has_the_timed_examples_of_its_row() -> None:
 
     steps = ceiling.steps_of("sft")
     assert len(steps) == sft.UNITS * sft.WINDOWS and {len(s.lengths) for s in steps} == {sft.BATCH}
-    assert steps[0].lengths[0] == sum(sft.LENGTHS[sft.WARMUP * sft.WINDOWS * sft.BATCH])
+    assert steps[0].lengths[0] == sum(sft.LENGTHS[sft.FIRST * sft.BATCH])
     assert all(s.learnt < s.tokens for s in steps)
 
 
