@@ -104,7 +104,9 @@ def table(positions: Tensor, freqs: Tensor, factor: float) -> Tensor:
     angles = positions.unsqueeze(-1).float() * freqs.to(positions.device)  # (B, T, Dh/2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     pairs = torch.stack((cos, sin), dim=-1).flatten(-2)
-    return pairs.unsqueeze(2) if positions.device.type != "cpu" else torch.stack((pairs, torch.cat((cos, sin), -1)), dim=2)
+    return (
+        pairs.unsqueeze(2) if positions.device.type != "cpu" else torch.stack((pairs, torch.cat((cos, sin), -1)), dim=2)
+    )
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
