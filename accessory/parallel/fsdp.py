@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from accessory.flags import PRECISIONS
-from accessory.parallel import exchange, groups
-from accessory.parallel.layers import VocabParallelEmbedding
+from accessory.parallel import exchange, groups, products
+from accessory.parallel.layers import ColumnParallelLinear, VocabParallelEmbedding
 
 DTYPES = dict(zip(PRECISIONS, (torch.bfloat16, torch.float16, torch.float32, torch.float32)))
 
@@ -32,6 +32,11 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
             for inner in module.modules():
                 if isinstance(inner, VocabParallelEmbedding):
                     inner.compute_dtype = dtype  # the layers take that of what they are given
+            head = getattr(module, "output", None)  # of the whole model
+            trains = isinstance(head, ColumnParallelLinear) and head.weight.requires_grad
+            if trains and dtype == torch.bfloat16 and products.AMX:
+                # as its transpose lies: AMX is faster at logits, and at the head's gradient, which then is x^T g
+                head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
 
         return alone
 

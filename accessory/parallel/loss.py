@@ -174,14 +174,16 @@ def _add_product(total: Tensor, gradient: Tensor, hidden: Tensor, first: bool) -
     the weight's padding."""
     if first:
         total[gradient.shape[1] :] = 0
-    total = total[: gradient.shape[1]]
+    total, left, right = total[: gradient.shape[1]], gradient.t(), hidden
+    if (lies := products.as_it_lies(total)) is not total:
+        total, left, right = lies, hidden.t().contiguous(), gradient
     if total.dtype == gradient.dtype:
-        torch.addmm(total, gradient.t(), hidden, beta=0 if first else 1, out=total)
+        torch.addmm(total, left, right, beta=0 if first else 1, out=total)
         return
     whole = total.device.type in WHOLE_PRODUCT
     rows = max(1, len(total) if whole else PRODUCT_ROWS)
-    for to, columns in zip(total.split(rows), gradient.split(rows, 1)):
-        product = columns.t() @ hidden
+    for to, some in zip(total.split(rows), left.split(rows)):
+        product = some @ right
         # a whole one by blocks: torch would make a copy of it in fp32 first
         for part, added in zip(_blocks(to), _blocks(product)) if whole else [(to, product)]:
             part.copy_(added) if first else part.add_(added)
@@ -191,7 +193,7 @@ def _scaled(matrix: Tensor, factor: Tensor, to: Tensor) -> Tensor:
     """matrix times factor, a fp32 scalar, into `to` (possibly matrix itself), rounded once."""
     if to.dtype == matrix.dtype and (to.dtype.itemsize > 2 or to.device.type == "cpu"):
         return torch.mul(matrix, factor, out=to)  # in fp32 also of 16 bits, but a GPU would round the factor to them
-    for part, out in zip(_blocks(matrix), _blocks(to)):
+    for part, out in zip(*(_blocks(products.as_it_lies(x)) for x in (matrix, to))):
         if out.dtype.itemsize > 2:
             out.copy_(part).mul_(factor)
         else:

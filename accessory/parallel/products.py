@@ -96,6 +96,13 @@ def turns(g: Tensor, inputs: int) -> bool:
     return gains and AMX and g.device.type == "cpu" and g.dtype == torch.bfloat16
 
 
+def as_it_lies(tensor: Tensor, weight: Tensor | None = None) -> Tensor:
+    """A matrix's transpose where that is what lies in memory row by row, as of a trained head (fsdp.py); else the tensor itself.
+    `weight`: which the tensor belongs to, and as which it is taken."""
+    like = tensor if weight is None else weight
+    return tensor.t() if like.dim() == 2 and like.stride(0) == 1 < like.stride(1) else tensor
+
+
 def columns(g: Tensor, inputs: int) -> Tensor:
     """g^T of g (N, O), to be multiplied with x (N, inputs)."""
     if not turns(g, inputs):

@@ -26,7 +26,7 @@ def give(parameters: Iterable[Tensor]) -> None:
         gradient, p.grad = p.grad, None
         if type(gradient) is Tensor and gradient.device.type == "cpu" and gradient.nbytes > LEAST and p in _kept:
             whole = gradient.untyped_storage().nbytes() == gradient.nbytes  # no part of what others hold too
-            if whole and gradient.is_contiguous():
+            if whole and gradient.stride() == p.stride():
                 _kept[p] = gradient
 
 
@@ -34,6 +34,6 @@ def take(parameter: Tensor) -> Tensor:
     """Like `parameter` in shape and dtype, with any content: what was given of it, or fresh memory."""
     spare = _kept.get(parameter)
     _kept[parameter] = None
-    if spare is not None and spare.shape == parameter.shape and spare.dtype == parameter.dtype:
+    if spare is not None and all(f(spare) == f(parameter) for f in (Tensor.size, Tensor.stride, lambda x: x.dtype)):
         return spare
-    return torch.empty_like(parameter, memory_format=torch.contiguous_format)
+    return torch.empty_like(parameter)

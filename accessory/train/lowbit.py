@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from accessory.flags import OPTIM_STATES
 from accessory.parallel.fsdp import local
+from accessory.parallel.products import as_it_lies
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 BYTES = dict(zip(OPTIM_STATES, (8.0, 4.0, 2 + 8 / 256)))  # of both moments of one parameter
@@ -108,8 +109,9 @@ class LowBitAdamW(torch.optim.Optimizer):
             trained = [p for p in group["params"] if p.grad is not None and local(p).numel()]
             if small := [p for p in trained if is_small(p)]:
                 held = [self._state(p) for p in small]
-                moments = ([s[m] for s in held] for m in MOMENTS)
-                self._fused(group, [local(p) for p in small], [local(p.grad) for p in small], *moments)
+                tensors = (small, [p.grad for p in small], *([s[m] for s in held] for m in MOMENTS))
+                lists = ([as_it_lies(local(x), local(p)) for x, p in zip(of, small)] for of in tensors)
+                fused_step(self, group, *lists, [self.steps] * len(small))
             for p in trained:
                 if not is_small(p):
                     self._step_packed(group, p, noise)
@@ -117,19 +119,17 @@ class LowBitAdamW(torch.optim.Optimizer):
             self.steps -= found_inf
 
     def _step_packed(self, group: dict, p: nn.Parameter, noise: dict[str, Tensor | None]) -> None:
-        weight, gradient, state = local(p).view(-1), local(p.grad).reshape(-1), self._state(p)
+        weight, gradient = as_it_lies(local(p)).view(-1), as_it_lies(local(p.grad), local(p)).reshape(-1)
+        state = self._state(p)
         for here, rows in chunks(weight):
             buffers, count = self._buffers(state, rows), weight[here].numel()
             held = {m: (state[m][rows], _rows(state.get(f"{m}_unit"), rows)) for m in MOMENTS}
             for x, m in zip(buffers, MOMENTS):
                 unpack(x, *held[m])
             first, second = ([x.view(-1)[:count]] for x in buffers[:2])
-            self._fused(group, [weight[here]], [gradient[here]], first, second)
+            fused_step(self, group, [weight[here]], [gradient[here]], first, second, [self.steps])
             for x, m in zip(buffers, MOMENTS):
                 pack(x, *held[m], noise[m], buffers[2])
-
-    def _fused(self, group: dict, weights: list, gradients: list, first: list, second: list) -> None:
-        fused_step(self, group, weights, gradients, first, second, [self.steps] * len(weights))
 
     def _state(self, p: nn.Parameter) -> dict[str, Tensor]:
         """Of zeros, where there was no step yet."""
@@ -171,7 +171,7 @@ class LowBitAdamW(torch.optim.Optimizer):
             if f"{m}_unit" in state:
                 values = torch.empty(values.shape, device=mine.device)
                 unpack(values, state[m], state[f"{m}_unit"])
-            found[m] = values.view(-1)[: mine.numel()].view(mine.shape)
+            found[m] = as_it_lies(values.view(-1)[: mine.numel()].view(as_it_lies(mine).shape), mine)
         return found
 
     @torch.no_grad()
@@ -180,7 +180,7 @@ class LowBitAdamW(torch.optim.Optimizer):
         state = self._state(p)
         for m in (m for m in MOMENTS if f"{m}_unit" in state):
             x = torch.zeros(state[m].shape, device=state[m].device)
-            x.view(-1)[: moments[m].numel()] = moments[m].view(-1)
+            x.view(-1)[: moments[m].numel()] = as_it_lies(moments[m], local(p)).reshape(-1)
             pack(x, state[m], state[f"{m}_unit"], torch.full((1, BLOCK), 0.5, device=x.device), torch.empty_like(x))
 
 
@@ -188,6 +188,9 @@ def fused_step(
     optimizer: torch.optim.Optimizer, group: dict, weights: Any, gradients: Any, first: Any, second: Any, steps: Any
 ) -> None:
     """torch's kernel on lists of plain tensors, in place, by the optimizer's grad_scale and found_inf. `steps`: counted already."""
+    gradients = [
+        g.contiguous() for g in gradients
+    ]  # of others the CPU's takes the numbers in a wrong order (torch 2.13)
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         weights, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,

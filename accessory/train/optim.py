@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from accessory.flags import OptimArgs
 from accessory.parallel import spare
 from accessory.parallel.fsdp import local
+from accessory.parallel.products import as_it_lies
 from accessory.train import lowbit
 
 WSD_DECAY_SHARE = 0.1
@@ -73,7 +74,7 @@ class AdamW(torch.optim.AdamW):
         counts = list({id(count): count for *_, of_group in parts for count in of_group}.values())
         torch._foreach_add_(counts, 1)
         for group, ps, (weights, *held) in zip(self.param_groups, trained, parts):
-            lowbit.fused_step(self, group, weights, [local(p.grad) for p in ps], *held)
+            lowbit.fused_step(self, group, weights, [as_it_lies(local(p.grad), local(p)) for p in ps], *held)
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             torch._foreach_sub_(counts, [found_inf] * len(counts))  # as a number it would be read, and waited for
 
@@ -89,12 +90,15 @@ class AdamW(torch.optim.AdamW):
 
     def _gather(self, trained: list[nn.Parameter]) -> list[list[Tensor]]:
         held = [self.moments(p) for p in trained]
-        moments = ([local(state[m]) for state in held] for m in lowbit.MOMENTS)
-        return [[local(p) for p in trained], *moments, [state["step"] for state in held]]
+        moments = ([as_it_lies(local(s[m]), local(p)) for p, s in zip(trained, held)] for m in lowbit.MOMENTS)
+        return [[as_it_lies(local(p)) for p in trained], *moments, [state["step"] for state in held]]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
         self.__dict__.pop("_kept", None)
+        for p, state in self.state.items():  # which may come from a run whose weights lay otherwise
+            for m in (m for m in lowbit.MOMENTS if m in state and state[m].stride() != p.stride()):
+                state[m] = torch.empty_like(p.detach()).copy_(state[m])
 
     @torch.no_grad()
     def moments(self, p: nn.Parameter) -> dict[str, Tensor]:

@@ -217,6 +217,32 @@ def test_a_divisor_of_one_is_left_out(monkeypatch) -> None:
     assert seen == [None] * len(seen) and all(map(torch.equal, *(m.parameters() for m in models)))
 
 
+@pytest.mark.parametrize("rows", [7, 700])  # of fewer than 4096 numbers, or more
+@pytest.mark.parametrize("states", ["fp32", "bf16"])
+def test_a_weight_that_lies_as_its_transpose_learns_the_same(states: str, rows: int) -> None:
+    """Whichever way its gradient lies, and moments that were saved."""
+    args, draw = OptimArgs(lr=0.1, weight_decay=0.1, optim_states=states), torch.Generator().manual_seed(0)
+    start = torch.randn(rows, 16, generator=draw)
+    plain, turned = (nn.Linear(16, rows, bias=False) for _ in range(2))
+    plain.weight = nn.Parameter(start.clone())
+    turned.weight = nn.Parameter(start.t().contiguous().t())
+    optimizers = [optim.adamw(model, args) for model in (plain, turned)]
+    for step in range(6):
+        gradient = torch.randn(rows, 16, generator=draw)
+        plain.weight.grad = gradient.clone()
+        turned.weight.grad = gradient.clone() if step % 2 else gradient.t().contiguous().t()
+        if step == 3 and states == "fp32":
+            optimizers[1] = optim.adamw(turned, args)
+            optimizers[1].load_state_dict(copy.deepcopy(optimizers[0].state_dict()))
+        for optimizer in optimizers:
+            optim.step(optimizer, 0.1, torch.zeros(()))
+    assert turned.weight.stride() == (1, rows) and not torch.equal(plain.weight, start)
+    if states == "fp32" or rows == 7:
+        assert torch.equal(plain.weight, turned.weight)
+    else:  # the pattern of rounding falls on other numbers
+        torch.testing.assert_close(plain.weight, turned.weight, rtol=1e-2, atol=1e-2)
+
+
 def test_only_matrices_decay() -> None:
     model = Transformer(
         ModelArgs.from_dict(
