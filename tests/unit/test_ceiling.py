@@ -1,5 +1,7 @@
 """bench/ceiling.py counts what a step multiplies as bench/workload.py does, and puts a side's time beside the floors around it."""
 
+import functools
+
 import pytest
 import torch
 
@@ -43,6 +45,7 @@ def test_a_small_step_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     small = SIZES | {"dim": 32, "n_heads": 4, "n_kv_heads": 2, "hidden_dim": 48, "n_layers": 2, "vocab_size": 64}
     steps = [ceiling.Step((8, 3), 5), ceiling.Step((6,), 4)]
     monkeypatch.setattr(ceiling, "steps_of", lambda row: steps)
+    monkeypatch.setattr(ceiling, "fastest", functools.partial(ceiling.fastest, passes=1, seconds=1e-3))
     for row, dtype in (("sft", torch.bfloat16), ("lora", torch.float32)):
         found = ceiling.parts(row, small, dtype)
         rank = ceiling.workload.RANK if row == "lora" else 0
