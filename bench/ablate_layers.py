@@ -3,7 +3,7 @@
     python -m bench.ablate_layers [--layers 4] [--tokens 1024] [--rounds 5] [--precision fp32|bf16] [--only lora]
 
 Layers of SmolLM2-135M's widths with random weights, a vocabulary of 2048 (its own 49,152 for the rows about the loss and the tables),
-LoRA of rank 16 on all seven linears (in the last two rows every weight is trained, in fp32), one row of packed documents; a step is
+LoRA of rank 16 on all seven linears (in the last three rows every weight is trained, in fp32), one row of packed documents; a step is
 forward and backward. Time is this thread's own CPU seconds, the least of the rounds and the median of the rounds' ratios: so
 neighbours on the machine matter little. Memory is the most that was allocated in a step beside the weights.
 
@@ -24,6 +24,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     turned         weights' gradients of rows turned before         as they lie (compiled layers, bf16 with AMX only)
     tables         gradients of embedding and head in memory that   in fresh memory
                    the step before left
+    head           its weight lies as its transpose (bf16 with AMX) row by row
 """
 
 import os
@@ -68,9 +69,10 @@ ROWS = (
     "rotary too",
     "turned",
     "tables",
+    "head",
 )
-WHOLE = ("turned", "tables")  # rows in which every weight is trained
-TABLES = ("loss chunk", "supervised", "tables")  # rows with the true vocabulary
+WHOLE = ("turned", "tables", "head")  # rows in which every weight is trained
+TABLES = ("loss chunk", "supervised", "tables", "head")  # rows with the true vocabulary
 Step = Callable[[], Tensor]  # forward only: the loss
 
 
@@ -164,6 +166,9 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         )
     if name == "tables":
         return taking(spare.take, step), taking(torch.empty_like, step)
+    if name == "head":
+        weight = model.output.weight.detach()
+        return with_head(model, weight.t().contiguous().t(), step), with_head(model, weight, step)
     raise AssertionError(name)
 
 
@@ -197,6 +202,17 @@ def taking(take: Callable, step: Step) -> Step:
 
     def with_it() -> Tensor:
         spare.take = take
+        return step()
+
+    return with_it
+
+
+def with_head(model: Transformer, weight: Tensor, step: Step) -> Step:
+    """A head of this weight until another step has another."""
+    head = torch.nn.Parameter(weight)
+
+    def with_it() -> Tensor:
+        model.output.weight = head
         return step()
 
     return with_it
