@@ -104,9 +104,8 @@ def table(positions: Tensor, freqs: Tensor, factor: float) -> Tensor:
     angles = positions.unsqueeze(-1).float() * freqs.to(positions.device)  # (B, T, Dh/2)
     cos, sin = angles.cos() * factor, angles.sin() * factor
     pairs = torch.stack((cos, sin), dim=-1).flatten(-2)
-    return (
-        pairs.unsqueeze(2) if positions.device.type != "cpu" else torch.stack((pairs, torch.cat((cos, sin), -1)), dim=2)
-    )
+    rows = (pairs, torch.cat((cos, sin), dim=-1)) if positions.device.type == "cpu" else (pairs,)
+    return torch.stack(rows, dim=2)
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
@@ -145,6 +144,7 @@ def _turned(x: Tensor, cos: Tensor, sin: Tensor, sign: int = 1) -> Tensor:  # co
 
 
 def _rounded(x: Tensor) -> Tensor:
-    """The bits of fp32, of which the upper 16 are bf16's nearest, of two as near the even one."""
+    """The bits of fp32, of which the upper 16 are bf16's nearest, of two as near the even one. By hand: inductor leaves a cast
+    to bf16 and back out."""
     bits = x.view(torch.int32)
     return bits + 0x7FFF + (bits >> 16 & 1)

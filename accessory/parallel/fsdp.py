@@ -33,9 +33,7 @@ def sharder(data_parallel: str, precision: str, cpu_offload: bool = False):
                 if isinstance(inner, VocabParallelEmbedding):
                     inner.compute_dtype = dtype  # the layers take that of what they are given
             head = getattr(module, "output", None)  # of the whole model
-            trains = isinstance(head, ColumnParallelLinear) and head.weight.requires_grad
-            if trains and dtype == torch.bfloat16 and products.AMX:
-                # as its transpose lies: AMX is faster at logits, and at the head's gradient, which then is x^T g
+            if isinstance(head, ColumnParallelLinear) and products.turns_head(head.weight, dtype):
                 head.weight = nn.Parameter(head.weight.detach().t().contiguous().t())
 
         return alone

@@ -34,6 +34,7 @@ def take(parameter: Tensor) -> Tensor:
     """Like `parameter` in shape and dtype, with any content: what was given of it, or fresh memory."""
     spare = _kept.get(parameter)
     _kept[parameter] = None
-    if spare is not None and all(f(spare) == f(parameter) for f in (Tensor.size, Tensor.stride, lambda x: x.dtype)):
+    like = (parameter.shape, parameter.stride(), parameter.dtype)
+    if spare is not None and (spare.shape, spare.stride(), spare.dtype) == like:
         return spare
     return torch.empty_like(parameter)

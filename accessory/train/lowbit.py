@@ -188,9 +188,8 @@ def fused_step(
     optimizer: torch.optim.Optimizer, group: dict, weights: Any, gradients: Any, first: Any, second: Any, steps: Any
 ) -> None:
     """torch's kernel on lists of plain tensors, in place, by the optimizer's grad_scale and found_inf. `steps`: counted already."""
-    gradients = [
-        g.contiguous() for g in gradients
-    ]  # of others the CPU's takes the numbers in a wrong order (torch 2.13)
+    # of others the CPU's kernel takes the numbers in a wrong order, and says nothing (torch 2.13)
+    gradients = [g.contiguous() for g in gradients]
     beta1, beta2 = group["betas"]
     torch._fused_adamw_(
         weights, gradients, first, second, [], steps, lr=group["lr"], beta1=beta1, beta2=beta2,

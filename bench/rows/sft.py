@@ -3,8 +3,8 @@ tokens, padding not counted.
 
 LENGTHS: (question with BOS, answer with EOS) in tokens of LLaMA's tokenizer, 72 rows of GSM8K's training set drawn at random.
 
-The timed lengths come once before, untimed, with other tokens: products build a kernel for each length that is new, which steps 3
-to 6 of a run do for all of theirs, and an epoch's 934 steps for few after the first forty (docs/LOG.md, "A kernel for every length").
+In bf16 the timed lengths come once before, untimed, with other tokens: products build a kernel for each length that is new, which
+steps 3 to 6 of a run do for all of theirs, and an epoch's 934 steps for few after the first forty (docs/LOG.md, "A pair as one number").
 """
 
 import functools
@@ -47,9 +47,8 @@ def prepare(directory: Path, device: str, every: int = 1) -> dict[str, Any]:
     mean = sum(p + a for p, a in LENGTHS) / len(LENGTHS)
     windows = _windows(LENGTHS[::every] * times, BATCH * times // every)
     warmup = 1 if every > 1 else UNITS  # kernels are built for bf16 alone
-    run = itertools.chain(
-        *windows[: warmup * WINDOWS], *windows, windows[0]
-    )  # the last one ends the time of the one before
+    # the last one ends the time of the one before
+    run = itertools.chain(*windows[: warmup * WINDOWS], *windows, windows[0])
     return {
         "models": workload.model(directory, sizes, device),
         "examples": workload.examples(directory, list(run), sizes["vocab_size"]),

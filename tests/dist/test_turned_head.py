@@ -38,7 +38,8 @@ def there_and_back(mp: int, states: str, directory) -> None:
             other = runs.resumed(case, directory / str(turned) / "latest")
             assert is_turned(other) is turned
             before, after = held(run), held(other)
-            assert before.keys() == after.keys() and any(p.any() for p in before.values())
+            assert before.keys() == after.keys()
+            assert all(before[f"output.weight{key}"].any() for key in ("", "/exp_avg", "/exp_avg_sq"))
             for name in before:
                 if states == "int8" and name.startswith("output.weight/"):  # its blocks are of other numbers
                     assert (before[name] - after[name]).norm() <= 0.02 * before[name].norm(), name
@@ -53,6 +54,13 @@ def there_and_back(mp: int, states: str, directory) -> None:
 @pytest.mark.parametrize("mp, states", [(1, "fp32"), (1, "bf16"), (1, "int8"), (2, "fp32")])
 def test_a_head_goes_from_one_layout_to_the_other_and_back(tmp_path, mp: int, states: str) -> None:
     run_ranks(there_and_back, mp, states, tmp_path, world=mp)
+
+
+def test_on_another_device_than_the_cpu_none_is_turned(monkeypatch) -> None:
+    """A GPU's host may have AMX."""
+    monkeypatch.setattr(products, "AMX", True)
+    on = {device: torch.zeros(4, 2, device=device, requires_grad=True) for device in ("cpu", "meta")}
+    assert products.turns_head(on["cpu"], torch.bfloat16) and not products.turns_head(on["meta"], torch.bfloat16)
 
 
 def learnt(precision: str, tuning: str, tied: bool) -> bool | None:
