@@ -28,8 +28,10 @@ FAST_ROWS = {"cpu": {2: 256, 4: 512}, "cuda": {2: 1024, 4: 1024}}
 # chunks that the gradient of a head in 16 bit may be added up from in 16 bit, within the products, which add in fp32: 8 have 1.3
 # times the error of one, 64 would have 2.6 (tests/dist/test_loss.py). On a CPU none: the sum is in fp32
 ROUNDED_CHUNKS = {"cpu": 0, "cuda": 8}
-# numbers of a block, in fp32 beside the chunk, logits and probabilities: what caches hold, of an H200 50 MB
-BLOCK = {"cpu": 2**19, "cuda": 2**22}
+# numbers of a block, in fp32 beside the chunk, on a GPU twice, logits and probabilities: what caches hold, of an H200 50 MB
+BLOCK = {"cpu": 2**18, "cuda": 2**22}
+BY_EXP = ("cpu",)  # exp is MKL's there, a third of the time that torch's softmax takes
+LEAST = -87.0  # of a logit beside the largest: below, exp is no normal number, which takes a CPU ten times as long
 PRODUCT_ROWS = 8192  # of a head's gradient in 16 bit that are computed at once, to be added to the sum in fp32,
 WHOLE_PRODUCT = ("cpu",)  # but here all of them
 
@@ -101,7 +103,9 @@ class _Chunk:
         self.weight = weight  # (V/mp, D), true rows
         self.memory = weight.new_empty(rows, len(weight), dtype=dtype)
         self.block = min(rows, _rows_of_block(self.memory))
-        self.wide, self.softmax = (weight.new_empty(self.block, len(weight), dtype=torch.float32) for _ in range(2))
+        self.by_exp = weight.device.type in BY_EXP
+        self.wide = weight.new_empty(self.block, len(weight), dtype=torch.float32)
+        self.softmax = None if self.by_exp else torch.empty_like(self.wide)
 
     def fill(self, hidden: Tensor, columns: Tensor) -> None:
         """hidden (C, D) -> logits (C, V/mp); columns (C,) of the targets, where this rank has them."""
@@ -125,30 +129,39 @@ class _Chunk:
         target_logit = self.logits.gather(1, self.columns).squeeze(1).float().masked_fill_(~self.inside, 0.0)
         found = []
         for rows in self._blocks():
-            wide, p = self._softmax(rows)
-            found.append((wide.amax(1), p.amax(1)))
+            p, *statistics = self._softmax(rows)
+            found.append(statistics)
             if groups.mp_size() == 1:
                 self._write(rows, p)
-        top, most = (torch.cat(parts) for parts in zip(*found))
-        return top, top - most.log_(), target_logit  # the largest probability is exp(0) / sum
+        top, log_total = (torch.cat(parts) for parts in zip(*found))
+        return top, log_total, target_logit
 
     def gradient(self, log_total: Tensor) -> Tensor:
         """Of the summed loss by the logits, (C, V/mp) in their dtype, where they were."""
         if groups.mp_size() > 1 and len(self.weight):
             share = (self.mine - log_total).exp().unsqueeze(1)  # of this rank in the sum
             for rows in self._blocks():
-                self._write(rows, self._softmax(rows)[1].mul_(share[rows]))
+                self._write(rows, self._softmax(rows)[0].mul_(share[rows]))
         return self.logits
 
     def _blocks(self) -> Iterator[slice]:
         return (slice(i, min(i + self.block, len(self.logits))) for i in range(0, len(self.logits), self.block))
 
-    def _softmax(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """Logits and their softmax over this rank's columns: (n, V/mp) each, fp32."""
-        wide = self.logits[rows]
-        if wide.dtype != torch.float32:
-            wide = self.wide[: len(wide)].copy_(wide)
-        return wide, torch.softmax(wide, 1, out=self.softmax[: len(wide)])
+    def _softmax(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
+        """Over this rank's columns, in fp32: the probabilities (n, V/mp), the largest logit and the log of the sum (n,)."""
+        logits = self.logits[rows]
+        wide = self.wide[: len(logits)]
+        if logits.dtype != wide.dtype:
+            logits = wide.copy_(logits)
+        top = logits.amax(1, keepdim=True)
+        if self.by_exp:
+            p = torch.sub(logits, top, out=wide).clamp_(min=LEAST).exp_()
+            total = p.sum(1, keepdim=True)
+            p.mul_(total.reciprocal())
+        else:
+            p = torch.softmax(logits, 1, out=self.softmax[: len(logits)])
+            total = p.amax(1, keepdim=True).reciprocal_()  # the largest probability is exp(0) / sum
+        return p, top.squeeze(1), total.log_().add_(top).squeeze(1)
 
     def _write(self, rows: slice, probabilities: Tensor) -> None:
         probabilities.scatter_add_(1, self.columns[rows], self.at_target[rows])

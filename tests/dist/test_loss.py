@@ -78,6 +78,7 @@ def every_case(mp: int) -> float:
             if way != "cpu":  # a GPU's ways: in parts that do not go into the vocabulary, or in 16 bit
                 patch.setattr(loss, "PRODUCT_ROWS", 16)
                 patch.setattr(loss, "WHOLE_PRODUCT", ())
+                patch.setattr(loss, "BY_EXP", ())
                 patch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
             if way == "rounded":
                 patch.setattr(loss, "ROUNDED_CHUNKS", {"cpu": 8})
@@ -95,6 +96,17 @@ def every_case(mp: int) -> float:
 def test_equals_torch_at_every_chunk_size(mp):
     worst = run_ranks(every_case, mp, world=mp)
     print(f"mp {mp}: largest relative difference {max(worst):.1e}")
+
+
+@pytest.mark.parametrize("ways", [("cpu",), ()])
+def test_logits_so_far_apart_that_exp_underflows(monkeypatch: pytest.MonkeyPatch, ways: tuple[str, ...]) -> None:
+    monkeypatch.setattr(loss, "BY_EXP", ways)
+    groups.ensure()
+    hidden, weight, targets = inputs(64, torch.float32)
+    hidden, weight = (128 * hidden).round(), weight.round()  # whole numbers, so that the logits are exact: up to some 2000
+    for found, expected in zip(ours(hidden, weight, targets), reference(hidden, weight, targets)[:3]):
+        close(found, expected, torch.float32)
+        assert found.isfinite().all()
 
 
 def edge_cases() -> None:
