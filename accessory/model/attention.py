@@ -97,7 +97,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
         return _one_by_one(q, k, v, packed)
     if blocks.faster(q, packed.longest) and packed.spread is None:
         q, k, v = (x.squeeze(0) for x in (q, k, v))  # x[0]'s backward is a pass over memory
-        return blocks.attend_opaque(q, k, v, packed.cu_seqlens).unsqueeze(0)
+        return blocks.attend_opaque(q, k, v, packed.cu_seqlens)[0].unsqueeze(0)
     return _uncompiled(q, k, v, packed)
 
 

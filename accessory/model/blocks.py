@@ -1,11 +1,15 @@
 """Causal attention of short sequences on CPU: plain batched products over blocks of queries.
 
     a sequence of L tokens:   queries [i, j) see keys [0, j)      scores -> softmax -> times v, a block at a time
-    kept for backward:        q, k, v; the probabilities are made again, as in flash attention
+    kept for backward:        q, k, v, y and the logarithms of softmax's sums, of which the probabilities are made again, as in
+                              flash attention: p = exp(scores - lse)
+    of the scores:            p (g v^T - mean), mean = sum(g y): one product of g | -mean, in two numbers of 16 bit, with v | 1 1
 
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
-forward where there is AMX. As there, scores, softmax and their gradients are fp32 and what is multiplied with v, q and k is in the
-inputs' dtype. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product that fills it.
+forward where there is AMX. As there, scores and softmax are fp32 and what is multiplied with v, q and k is in the inputs' dtype;
+so is the difference with the mean, but it is taken in the product's own fp32 and rounded once. exp is MKL's, a third of the time
+of torch's softmax. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product that
+fills it.
 L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
 every key that counts. Proof: tests/unit/test_attention_blocks.py.
 
@@ -17,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from accessory.parallel import products
 from accessory.parallel.derivatives import once_only, transformed
@@ -26,6 +29,7 @@ QUERIES = 256 if products.AMX else 128  # of a block
 STEP = products.GRANULE  # a block is as many queries or a multiple
 # torch's kernel takes half the time forward there, backward it takes one and a half times as much
 FLASH_FORWARD = products.AMX
+LEAST = -87.0  # of what exp is taken: below, it is no normal number, which takes a CPU ten times as long
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 
@@ -44,89 +48,125 @@ def attend(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-        ctx.save_for_backward(q, k, v)
+        y, lse = _forward(q, k, v, bounds)
+        ctx.save_for_backward(q, k, v, y, lse)
         ctx.bounds = bounds
-        return _forward(q, k, v, bounds)
+        return y
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         once_only("attention over packed sequences in bf16", "give each sequence a row, or take fp32")
-        return *_backward(gradient, *ctx.saved_tensors, ctx.bounds), None
+        *qkv, y, lse = ctx.saved_tensors
+        return *_backward(gradient, *qkv, _means(gradient, y), lse, ctx.bounds), None
 
 
 _opaque = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
 
 
 @_opaque("accessory::attend")
-def attend_opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> Tensor:
-    """`attend` as torch.compile takes it into a layer's graph: it looks no further into it, so lengths make no new graph."""
+def attend_opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+    """`attend` as torch.compile takes it into a layer's graph: it looks no further into it, so lengths make no new graph. The
+    second result, (H, T), is for backward alone."""
     return _forward(q, k, v, bounds.tolist())
 
 
 @_opaque("accessory::attend_backward")
 def _backward_opaque(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(gradient, q, k, v, bounds.tolist())
+    return _backward(gradient, q, k, v, means, lse, bounds.tolist())
 
 
-attend_opaque.register_fake(lambda q, k, v, bounds: torch.empty(q.shape, dtype=q.dtype))
-_backward_opaque.register_fake(lambda _, q, k, v, bounds: tuple(torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v)))
-attend_opaque.register_autograd(
-    lambda ctx, gradient: (*_backward_opaque(gradient, *ctx.saved_tensors), None),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+    *qkv, bounds = inputs
+    ctx.save_for_backward(*qkv, *output, bounds)
+    ctx.mark_non_differentiable(output[1])
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-    y = torch.empty_like(q, memory_format=torch.contiguous_format)
+def _traced_backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    *qkv, y, lse, bounds = ctx.saved_tensors
+    return *_backward_opaque(gradient, *qkv, _means(gradient, y), lse, bounds), None
+
+
+def _like(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype)
+
+
+attend_opaque.register_fake(lambda q, k, v, bounds: (_like(q), torch.empty(q.shape[1], q.shape[0])))
+attend_opaque.register_autograd(_traced_backward, setup_context=_keep)
+_backward_opaque.register_fake(lambda gradient, q, k, v, means, lse, bounds: (_like(q), _like(k), _like(v)))
+
+
+def _means(gradient: Tensor, y: Tensor) -> Tensor:
+    """(T, H) in fp32, of the probabilities' gradient, weighted with them: what softmax's backward takes off."""
+    return (gradient.float() * y).sum(-1)
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
+    """The result, and log(sum(exp(scores))) of each head and query, (H, T) in fp32."""
+    y, lse = _like(q), torch.empty(q.shape[1], q.shape[0])
     if FLASH_FORWARD and q.dtype == torch.bfloat16:
-        return _flash(q, k, v, bounds, y)
+        _flash(q, k, v, bounds, y, lse)
+        return y, lse
     work = _Work(q, k, bounds)
+    queries, keys, values, to = (work.heads(x) for x in (q, k, v, y))
     for a, b in zip(bounds, bounds[1:]):
-        whole = _rounded(b - a)
-        keys, values = work.heads(k[a:b], whole), work.heads(v[a:b], whole)
-        wide = keys.float()
+        key, value = work.rows(keys, a, b), work.rows(values, a, b)
+        wide = key.float()
         for i, j in _blocks(b - a):
-            rows = slice(a + i, min(a + j, b))
-            p = work.half(work.probabilities(work.heads(q[rows], j - i), wide, i, j))
-            work.put(y[rows], torch.bmm(p, values[:, :j]))
-    return y
+            own = a + i, min(a + j, b)
+            p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j]), i)
+            work.put(to, *own, torch.bmm(work.half(p), value[:, :j]))
+            work.put(work.numbers(lse), *own, sums)
+    return y, lse
 
 
-def _backward(gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    q_grad, k_grad, v_grad = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+def _backward(
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, bounds: list[int]
+) -> tuple[Tensor, Tensor, Tensor]:
+    found = tuple(_like(x) for x in (q, k, v))
     work = _Work(q, k, bounds)
+    queries, keys, of_queries, of_keys, of_values = (work.heads(x) for x in (q, k, *found))
+    gradients, values = work.heads(_beside(gradient, -means)), work.heads(_beside(v, None))
+    lse, size = work.numbers(lse), q.shape[-1]
     for a, b in zip(bounds, bounds[1:]):
-        whole = _rounded(b - a)
-        keys, values = work.heads(k[a:b], whole), work.heads(v[a:b], whole)
-        wide_keys, wide_values = keys.float(), values.float()
+        key, value = work.rows(keys, a, b), work.rows(values, a, b)
+        wide = key.float()
         for i, j in reversed(_blocks(b - a)):
-            rows = slice(a + i, min(a + j, b))
-            query, g = work.heads(q[rows], j - i), work.heads(gradient[rows], j - i)
-            p = work.probabilities(query, wide_keys, i, j)
-            of_v = torch.bmm(work.half(p).transpose(1, 2), g)
-            s = work.half(work.scores_grad(g, wide_values, p, j))
-            of_k = torch.bmm(s.transpose(1, 2), query)
-            if j == whole:  # the last block sees all keys
-                of_values, of_keys = (of_v, of_k) if i == 0 else (of_v.float(), of_k.float())
+            own = a + i, min(a + j, b)
+            query, g = work.rows(queries, *own), work.rows(gradients, *own)
+            p = work.half(work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i))
+            of_v = torch.bmm(p.transpose(1, 2), g[..., :size])
+            s = torch.bmm(g, value[:, :j].transpose(1, 2), out=_view(work.change, p.shape)).mul_(p)
+            of_k = work.scaled(s.transpose(1, 2), query, torch.empty_like(of_v))
+            if j == key.shape[1]:  # the last block sees all keys
+                sums = (of_v, of_k) if i == 0 else (of_v.float(), of_k.float())
             else:  # of several the sum is fp32
-                of_values[:, :j] += of_v
-                of_keys[:, :j] += of_k
-            work.put(q_grad[rows], torch.bmm(s, keys[:, :j]))
-        work.put(k_grad[a:b], of_keys)
-        work.put(v_grad[a:b], of_values)
-    return q_grad, k_grad, v_grad
+                sums[0][:, :j] += of_v
+                sums[1][:, :j] += of_k
+            work.put(of_queries, *own, work.scaled(s, key[:, :j], query))
+        work.put(of_values, a, b, sums[0])
+        work.put(of_keys, a, b, sums[1])
+    return found
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], y: Tensor) -> Tensor:
-    """torch's kernel for each sequence, into y."""
+def _beside(x: Tensor, numbers: Tensor | None) -> Tensor:
+    """x (T, H, Dh) and two columns, (T, H, Dh + 2): `numbers` (T, H) in fp32 rounded, and what that left; without them ones."""
+    to = torch.empty(*x.shape[:2], x.shape[2] + 2, dtype=x.dtype)
+    to[..., :-2] = x
+    to[..., -2] = 1 if numbers is None else numbers
+    to[..., -1] = 1 if numbers is None else numbers - to[..., -2]
+    return to
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], y: Tensor, lse: Tensor) -> None:
+    """torch's kernel for each sequence, into y and lse."""
     k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     for a, b in zip(bounds, bounds[1:]):
         part = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        found, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True)
+        found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True)
         y[a:b] = found[0].transpose(0, 1)
-    return y
+        lse[:, a:b] = sums[0]
 
 
 class _Work:
@@ -136,39 +176,55 @@ class _Work:
         self.kv, self.scale, self.dtype = k.shape[1], q.shape[-1] ** -0.5, q.dtype
         longest = _rounded(max(b - a for a, b in zip(bounds, bounds[1:])))
         largest = q.shape[1] * min(QUERIES, longest) * longest
-        self.scores, self.change = (torch.empty(largest) for _ in range(2))  # fp32
-        self.rounded = torch.empty(largest, dtype=q.dtype)
-        self.later = torch.full((QUERIES, QUERIES), -torch.inf).triu_(1)  # added to scores of keys after the query
+        self.scores = torch.empty(largest)  # fp32
+        self.rounded, self.change = (torch.empty(largest, dtype=q.dtype) for _ in range(2))
 
-    def heads(self, x: Tensor, n: int) -> Tensor:
-        """(n or fewer, H, Dh) -> (K, G n, Dh): the queries of a kv head below each other, so that no key is copied for them;
-        zeros where there were fewer."""
-        turned = x.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3)
-        if len(x) < n:
-            turned = F.pad(turned, (0, 0, 0, n - len(x)))
-        return turned.contiguous().view(self.kv, -1, x.shape[-1])  # each use of another order would copy it
+    def heads(self, x: Tensor) -> Tensor:
+        """(T, H, Dh) -> (K, G, T, Dh), a view."""
+        return x.view(len(x), self.kv, -1, x.shape[-1]).permute(1, 2, 0, 3)
 
-    def put(self, to: Tensor, x: Tensor) -> None:
-        """The other way, into `to`, without those zeros' rows."""
-        turned = to.unflatten(1, (self.kv, -1)).permute(1, 2, 0, 3)
-        turned.copy_(x.unflatten(1, (turned.shape[1], -1))[:, :, : len(to)])
+    def numbers(self, x: Tensor) -> Tensor:
+        """(H, T) -> (K, G, T, 1), a view."""
+        return x.view(self.kv, -1, x.shape[-1], 1)
 
-    def probabilities(self, query: Tensor, keys: Tensor, i: int, j: int) -> Tensor:
-        """Of queries [i, j), (K, G n, Dh), over keys [0, j) of (K, L, Dh) in fp32 -> (K, G n, S) in fp32."""
-        shape = (*query.shape[:2], j)
-        scores = self.scaled(query, keys[:, :j], self.scores, shape)
-        scores.unflatten(1, (-1, j - i))[..., i:].add_(self.later[: j - i, : j - i])
-        return torch.softmax(scores, -1, out=scores)
+    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+        """Of (K, G, T, Dh) those from start to stop, n when rounded up, with zeros -> (K, G n, Dh): the queries of a kv head
+        below each other, so that no key is copied for them. A copy: each use of another order would make one."""
+        length = stop - start
+        to = x.new_empty(*x.shape[:2], _rounded(length), x.shape[3])
+        to[:, :, :length] = x[:, :, start:stop]
+        if length < to.shape[2]:
+            to[:, :, length:] = 0
+        return to.view(self.kv, -1, x.shape[3])
 
-    def scores_grad(self, gradient: Tensor, values: Tensor, p: Tensor, j: int) -> Tensor:
-        """Of q k^T before its scale, from that of the block's result, (K, G n, Dh) -> (K, G n, S) in fp32."""
-        of_p = self.scaled(gradient, values[:, :j], self.change, p.shape)
-        return torch._softmax_backward_data(of_p, p, -1, p.dtype, grad_input=of_p)
+    def put(self, to: Tensor, start: int, stop: int, x: Tensor) -> None:
+        """The other way, into `to`, without the zeros' rows."""
+        to[:, :, start:stop] = x.unflatten(1, (to.shape[1], -1))[:, :, : stop - start]
 
-    def scaled(self, x: Tensor, y: Tensor, memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """x y^T times the scale, in fp32."""
-        to = _view(memory, shape)
-        return torch.baddbmm(to, x.float(), y.transpose(1, 2), beta=0, alpha=self.scale, out=to)
+    def scores_of(self, query: Tensor, keys: Tensor) -> Tensor:
+        """(K, G n, Dh) and, in fp32, (K, S, Dh) -> (K, G n, S) in fp32."""
+        to = _view(self.scores, (*query.shape[:2], keys.shape[1]))
+        return self.scaled(query.float(), keys.transpose(1, 2), to)
+
+    def softmax(self, scores: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        """In place, of queries from i on, which see no later key; and the logarithms of the sums, (K, G n, 1)."""
+        n = scores.shape[-1] - i
+        scores.unflatten(1, (-1, n))[..., i:].add_(torch.full((n, n), -torch.inf).triu_(1))
+        highest = scores.amax(-1, keepdim=True)
+        p = torch.softmax(scores, -1, out=scores)
+        return p, highest.sub_(p.amax(-1, keepdim=True).log_())  # the largest probability is exp(0) / sum
+
+    def softmax_again(self, scores: Tensor, lse: Tensor, i: int) -> Tensor:
+        """The same in place, from the logarithms (K, G, n or fewer, 1)."""
+        by_query = scores.unflatten(1, (lse.shape[1], -1))
+        by_query[:, :, : lse.shape[2]].sub_(lse)
+        scores.clamp_(LEAST, 0).exp_()  # later keys may have more than 0, but are cut off now
+        by_query.tril_(i)
+        return scores
+
+    def scaled(self, x: Tensor, y: Tensor, to: Tensor) -> Tensor:
+        """x y times the scale, in `to`."""
+        return torch.baddbmm(to, x, y, beta=0, alpha=self.scale, out=to)
 
     def half(self, x: Tensor) -> Tensor:
         """In the inputs' dtype, for products."""
