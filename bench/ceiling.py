@@ -15,7 +15,7 @@ chunks, data, the interpreter, kernels built for a new shape. Test: tests/unit/t
 
     products    operands held either way, rows as they are or rounded up to 32
     attention   the faster of flash and accessory/model/blocks.py, forward and backward
-    softmax     of the head's logits, one pass in fp32 over a block in the caches
+    softmax     of the head's logits, in fp32 over a block in the caches: torch's own, or exp and the sums, whichever is faster
     silu        forward and backward, the products with it for nothing
     passes      norms, residuals and rotary embedding: each reads its input once and writes its result once, both ways
     weights     casts from fp32 and of the gradients to it, the embedding's gradient cleared, the gradients' norm, fused AdamW;
@@ -179,12 +179,18 @@ def softmax(rows: int, vocab: int) -> Call:
     block = torch.randn(max(1, 2**18 // vocab), vocab)
     out, whole, rest = torch.empty_like(block), rows // len(block), rows % len(block)
 
-    def blocks() -> None:
-        for _ in range(whole):
-            torch.softmax(block, 1, out=out)
-        torch.softmax(block[:rest], 1, out=out[:rest])
+    def own(x: Tensor, to: Tensor) -> None:
+        torch.softmax(x, 1, out=to)
 
-    return blocks
+    def by_exp(x: Tensor, to: Tensor) -> None:
+        torch.exp(x, out=to).sum(1)
+
+    def blocks(one: Callable[[Tensor, Tensor], None]) -> None:
+        for _ in range(whole):
+            one(block, out)
+        one(block[:rest], out[:rest])
+
+    return fastest([functools.partial(blocks, own), functools.partial(blocks, by_exp)])
 
 
 def silu(dtype: torch.dtype, rows: int, width: int) -> Call:

@@ -29,6 +29,7 @@ QUERIES = 256 if products.AMX else 128  # of a block
 STEP = products.GRANULE  # a block is as many queries or a multiple
 # torch's kernel takes half the time forward there, backward it takes one and a half times as much
 FLASH_FORWARD = products.AMX
+FLASH_ROWS = 16  # at a time: of other numbers it takes the rest without AMX
 LEAST = -87.0  # of what exp is taken: below, it is no normal number, which takes a CPU ten times as long
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
@@ -57,7 +58,10 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         once_only("attention over packed sequences in bf16", "give each sequence a row, or take fp32")
         *qkv, y, lse = ctx.saved_tensors
-        return *_backward(gradient, *qkv, _means(gradient, y), lse, ctx.bounds), None
+        means = torch.cat(
+            [_means(*some) for some in zip(gradient.split(QUERIES), y.split(QUERIES))]
+        )  # within the caches
+        return *_backward(gradient, *qkv, means, lse, ctx.bounds), None
 
 
 _opaque = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
@@ -126,17 +130,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = tuple(_like(x) for x in (q, k, v))
     work = _Work(q, k, bounds)
-    queries, keys, of_queries, of_keys, of_values = (work.heads(x) for x in (q, k, *found))
-    gradients, values = work.heads(_beside(gradient, -means)), work.heads(_beside(v, None))
-    lse, size = work.numbers(lse), q.shape[-1]
+    queries, keys, values, gradients, *to = (work.heads(x) for x in (q, k, v, gradient, *found))
+    lse, less_means, ones = work.numbers(lse), work.heads(_in_two(-means, q.dtype)), torch.ones((), dtype=q.dtype)
     for a, b in zip(bounds, bounds[1:]):
-        key, value = work.rows(keys, a, b), work.rows(values, a, b)
+        key, value = work.rows(keys, a, b), work.rows(values, a, b, ones)
         wide = key.float()
         for i, j in reversed(_blocks(b - a)):
             own = a + i, min(a + j, b)
-            query, g = work.rows(queries, *own), work.rows(gradients, *own)
+            query, g = work.rows(queries, *own), work.rows(gradients, *own, less_means[:, :, slice(*own)])
             p = work.half(work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i))
-            of_v = torch.bmm(p.transpose(1, 2), g[..., :size])
+            of_v = torch.bmm(p.transpose(1, 2), g[..., :-2])
             s = torch.bmm(g, value[:, :j].transpose(1, 2), out=_view(work.change, p.shape)).mul_(p)
             of_k = work.scaled(s.transpose(1, 2), query, torch.empty_like(of_v))
             if j == key.shape[1]:  # the last block sees all keys
@@ -144,29 +147,35 @@ def _backward(
             else:  # of several the sum is fp32
                 sums[0][:, :j] += of_v
                 sums[1][:, :j] += of_k
-            work.put(of_queries, *own, work.scaled(s, key[:, :j], query))
-        work.put(of_values, a, b, sums[0])
-        work.put(of_keys, a, b, sums[1])
+            work.put(to[0], *own, work.scaled(s, key[:, :j], query))
+        work.put(to[1], a, b, sums[1])
+        work.put(to[2], a, b, sums[0])
     return found
 
 
-def _beside(x: Tensor, numbers: Tensor | None) -> Tensor:
-    """x (T, H, Dh) and two columns, (T, H, Dh + 2): `numbers` (T, H) in fp32 rounded, and what that left; without them ones."""
-    to = torch.empty(*x.shape[:2], x.shape[2] + 2, dtype=x.dtype)
-    to[..., :-2] = x
-    to[..., -2] = 1 if numbers is None else numbers
-    to[..., -1] = 1 if numbers is None else numbers - to[..., -2]
-    return to
+def _in_two(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(T, H) in fp32 -> (T, H, 2): rounded, and what that left."""
+    rounded = x.to(dtype)
+    return torch.stack((rounded, (x - rounded).to(dtype)), -1)
 
 
 def _flash(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], y: Tensor, lse: Tensor) -> None:
     """torch's kernel for each sequence, into y and lse."""
     k, v = (x if x.shape[1] == q.shape[1] else x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
     for a, b in zip(bounds, bounds[1:]):
-        part = (x[a:b].transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        part = (_whole_tiles(x[a:b]).transpose(0, 1).unsqueeze(0) for x in (q, k, v))
         found, sums = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*part, 0.0, True)
-        y[a:b] = found[0].transpose(0, 1)
-        lse[:, a:b] = sums[0]
+        y[a:b] = found[0, :, : b - a].transpose(0, 1)
+        lse[:, a:b] = sums[0, :, : b - a]
+
+
+def _whole_tiles(x: Tensor) -> Tensor:
+    """With rows of zeros, later than all that count, to a multiple of FLASH_ROWS."""
+    if not (missing := -len(x) % FLASH_ROWS):
+        return x
+    whole = x.new_empty(len(x) + missing, *x.shape[1:])
+    whole[: len(x)], whole[len(x) :] = x, 0
+    return whole
 
 
 class _Work:
@@ -187,15 +196,18 @@ class _Work:
         """(H, T) -> (K, G, T, 1), a view."""
         return x.view(self.kv, -1, x.shape[-1], 1)
 
-    def rows(self, x: Tensor, start: int, stop: int) -> Tensor:
+    def rows(self, x: Tensor, start: int, stop: int, beside: Tensor | None = None) -> Tensor:
         """Of (K, G, T, Dh) those from start to stop, n when rounded up, with zeros -> (K, G n, Dh): the queries of a kv head
-        below each other, so that no key is copied for them. A copy: each use of another order would make one."""
-        length = stop - start
-        to = x.new_empty(*x.shape[:2], _rounded(length), x.shape[3])
-        to[:, :, :length] = x[:, :, start:stop]
-        if length < to.shape[2]:
+        below each other, so that no key is copied for them. A copy: each use of another order would make one. `beside`: for two
+        columns more."""
+        (k, g, _, size), length, n = x.shape, stop - start, _rounded(stop - start)
+        to = x.new_empty(k, g, n, size if beside is None else size + 2)
+        to[:, :, :length, :size] = x[:, :, start:stop]
+        if beside is not None:
+            to[:, :, :length, size:] = beside
+        if length < n:
             to[:, :, length:] = 0
-        return to.view(self.kv, -1, x.shape[3])
+        return to.view(k, g * n, -1)
 
     def put(self, to: Tensor, start: int, stop: int, x: Tensor) -> None:
         """The other way, into `to`, without the zeros' rows."""
