@@ -11,6 +11,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     lora           linear and adapter one function                  step by step, as autograd composes it
     lora dropout   the same with dropout 0.05
     loss chunk     256 tokens' logits at a time (fp32: 512)         4 MiB of them
+    exp            the head's softmax by MKL's exp                  torch's softmax
     supervised     head over the 35 % of tokens that are learnt     over all of them
     packed         documents side by side in one row                a padded row each
     shared         29 tokens that all begin with once (Alpaca's)    in each document
@@ -18,6 +19,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     swiglu         silu and product one function                    step by step
     rotary         one product of complex numbers                   real numbers, as Meta's formula reads
     attention      short documents as products (bf16 on CPU only)   torch's flash kernel
+    tiles          sequences padded to 16 for the flash kernel      as long as they are (bf16 with AMX only)
     lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
     rotary too     a pair taken as one int32, in vectors            real numbers (compiled layers, bf16 only)
@@ -57,6 +59,7 @@ ROWS = (
     "lora",
     "lora dropout",
     "loss chunk",
+    "exp",
     "supervised",
     "packed",
     "shared",
@@ -64,6 +67,7 @@ ROWS = (
     "swiglu",
     "rotary",
     "attention",
+    "tiles",
     "lengths",
     "compile",
     "rotary too",
@@ -72,7 +76,7 @@ ROWS = (
     "head",
 )
 WHOLE = ("turned", "tables", "head")  # rows in which every weight is trained
-TABLES = ("loss chunk", "supervised", "tables", "head")  # rows with the true vocabulary
+TABLES = ("loss chunk", "exp", "supervised", "tables", "head")  # rows with the true vocabulary
 Step = Callable[[], Tensor]  # forward only: the loss
 
 
@@ -138,6 +142,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         )
     if name == "loss chunk":
         return step, lambda: with_other(loss, "CHUNK_BYTES", 4 * 2**20, step)
+    if name == "exp":
+        return step, lambda: with_other(loss, "BY_EXP", (), step)
     if name == "supervised":
         learnt = row.masked_fill(torch.arange(row.shape[1]) % 20 >= 7, -100)
         return lambda: step(learnt), step
@@ -154,6 +160,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return step, lambda: with_other(rope, "rotate", plain_rotate, step)
     if name == "attention":
         return step, lambda: with_other(blocks, "faster", lambda q, longest: False, step)
+    if name == "tiles":
+        return step, lambda: with_other(blocks, "FLASH_ROWS", 1, step)
     if name == "lengths":
         return of_changing_length(model, tokens, True), of_changing_length(model, tokens, False)
     if name == "compile":
