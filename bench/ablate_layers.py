@@ -11,7 +11,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     lora           linear and adapter one function                  step by step, as autograd composes it
     lora dropout   the same with dropout 0.05
     loss chunk     256 tokens' logits at a time (fp32: 512)         4 MiB of them
-    exp            the head's softmax by MKL's exp                  torch's softmax
+    exp            the head's softmax by MKL's exp (AMX only)       torch's softmax
     supervised     head over the 35 % of tokens that are learnt     over all of them
     packed         documents side by side in one row                a padded row each
     shared         29 tokens that all begin with once (Alpaca's)    in each document
@@ -143,7 +143,7 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
     if name == "loss chunk":
         return step, lambda: with_other(loss, "CHUNK_BYTES", 4 * 2**20, step)
     if name == "exp":
-        return step, lambda: with_other(loss, "BY_EXP", (), step)
+        return step, lambda: with_other(loss, "BY_EXP", False, step)
     if name == "supervised":
         learnt = row.masked_fill(torch.arange(row.shape[1]) % 20 >= 7, -100)
         return lambda: step(learnt), step

@@ -28,9 +28,10 @@ FAST_ROWS = {"cpu": {2: 256, 4: 512}, "cuda": {2: 1024, 4: 1024}}
 # chunks that the gradient of a head in 16 bit may be added up from in 16 bit, within the products, which add in fp32: 8 have 1.3
 # times the error of one, 64 would have 2.6 (tests/dist/test_loss.py). On a CPU none: the sum is in fp32
 ROUNDED_CHUNKS = {"cpu": 0, "cuda": 8}
-# numbers of a block, in fp32 beside the chunk, on a GPU twice, logits and probabilities: what caches hold, of an H200 50 MB
-BLOCK = {"cpu": 2**18, "cuda": 2**22}
-BY_EXP = ("cpu",)  # exp is MKL's there, a third of the time that torch's softmax takes
+# on such a CPU exp, which is MKL's, takes a third of the time of torch's softmax; on others it was not measured
+BY_EXP = products.AMX
+# numbers of a block, in fp32 beside the chunk, logits and probabilities, by exp in one memory: what caches hold, of an H200 50 MB
+BLOCK = {"cpu": 2**18 if BY_EXP else 2**19, "cuda": 2**22}
 LEAST = -87.0  # of a logit beside the largest: below, exp is no normal number, which takes a CPU ten times as long
 PRODUCT_ROWS = 8192  # of a head's gradient in 16 bit that are computed at once, to be added to the sum in fp32,
 WHOLE_PRODUCT = ("cpu",)  # but here all of them
@@ -103,7 +104,7 @@ class _Chunk:
         self.weight = weight  # (V/mp, D), true rows
         self.memory = weight.new_empty(rows, len(weight), dtype=dtype)
         self.block = min(rows, _rows_of_block(self.memory))
-        self.by_exp = weight.device.type in BY_EXP
+        self.by_exp = BY_EXP and weight.device.type == "cpu"
         self.wide = weight.new_empty(self.block, len(weight), dtype=torch.float32)
         self.softmax = None if self.by_exp else torch.empty_like(self.wide)
 
