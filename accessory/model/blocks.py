@@ -7,9 +7,9 @@
 
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
 forward where there is AMX. As there, scores and softmax are fp32 and what is multiplied with v, q and k is in the inputs' dtype;
-so is the difference with the mean, but it is taken in the product's own fp32 and rounded once. exp is MKL's, a third of the time
-of torch's softmax. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product that
-fills it.
+so is, with AMX, the difference with the mean, but it is taken in the product's own fp32 and rounded once. exp is MKL's, a third of
+the time of torch's softmax. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product
+that fills it.
 L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
 every key that counts. Proof: tests/unit/test_attention_blocks.py.
 
@@ -30,7 +30,8 @@ STEP = products.GRANULE  # a block is as many queries or a multiple
 # torch's kernel takes half the time forward there, backward it takes one and a half times as much
 FLASH_FORWARD = products.AMX
 FLASH_ROWS = 16  # at a time: of other numbers it takes the rest without AMX
-LEAST = -87.0  # of what exp is taken: below, it is no normal number, which takes a CPU ten times as long
+# of p's gradient less its mean: in the inputs' dtype, where a product in fp32 takes three times as long
+ROUNDED_CHANGE = products.AMX
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 
@@ -58,9 +59,8 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         once_only("attention over packed sequences in bf16", "give each sequence a row, or take fp32")
         *qkv, y, lse = ctx.saved_tensors
-        means = torch.cat(
-            [_means(*some) for some in zip(gradient.split(QUERIES), y.split(QUERIES))]
-        )  # within the caches
+        # within the caches; compiled, it is one pass
+        means = torch.cat([_means(*some) for some in zip(gradient.split(QUERIES), y.split(QUERIES))])
         return *_backward(gradient, *qkv, means, lse, ctx.bounds), None
 
 
@@ -133,14 +133,15 @@ def _backward(
     queries, keys, values, gradients, *to = (work.heads(x) for x in (q, k, v, gradient, *found))
     lse, less_means, ones = work.numbers(lse), work.heads(_in_two(-means, q.dtype)), torch.ones((), dtype=q.dtype)
     for a, b in zip(bounds, bounds[1:]):
-        key, value = work.rows(keys, a, b), work.rows(values, a, b, ones)
+        key, value = work.rows(keys, a, b), work.rows(values, a, b, ones).to(work.change.dtype)
         wide = key.float()
         for i, j in reversed(_blocks(b - a)):
             own = a + i, min(a + j, b)
             query, g = work.rows(queries, *own), work.rows(gradients, *own, less_means[:, :, slice(*own)])
-            p = work.half(work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i))
-            of_v = torch.bmm(p.transpose(1, 2), g[..., :-2])
-            s = torch.bmm(g, value[:, :j].transpose(1, 2), out=_view(work.change, p.shape)).mul_(p)
+            p = work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i)
+            of_v = torch.bmm(work.half(p).transpose(1, 2), g[..., :-2])
+            change = torch.bmm(g.to(value.dtype), value[:, :j].transpose(1, 2), out=_view(work.change, p.shape))
+            s = work.half(p.mul_(change))
             of_k = work.scaled(s.transpose(1, 2), query, torch.empty_like(of_v))
             if j == key.shape[1]:  # the last block sees all keys
                 sums = (of_v, of_k) if i == 0 else (of_v.float(), of_k.float())
@@ -186,7 +187,8 @@ class _Work:
         longest = _rounded(max(b - a for a, b in zip(bounds, bounds[1:])))
         largest = q.shape[1] * min(QUERIES, longest) * longest
         self.scores = torch.empty(largest)  # fp32
-        self.rounded, self.change = (torch.empty(largest, dtype=q.dtype) for _ in range(2))
+        self.rounded = torch.empty(largest, dtype=q.dtype)
+        self.change = torch.empty(largest, dtype=q.dtype if ROUNDED_CHANGE else torch.float32)
 
     def heads(self, x: Tensor) -> Tensor:
         """(T, H, Dh) -> (K, G, T, Dh), a view."""
@@ -230,7 +232,7 @@ class _Work:
         """The same in place, from the logarithms (K, G, n or fewer, 1)."""
         by_query = scores.unflatten(1, (lse.shape[1], -1))
         by_query[:, :, : lse.shape[2]].sub_(lse)
-        scores.clamp_(LEAST, 0).exp_()  # later keys may have more than 0, but are cut off now
+        scores.clamp_(products.LEAST_EXP, 0).exp_()  # later keys may have more than 0, but are cut off now
         by_query.tril_(i)
         return scores
 

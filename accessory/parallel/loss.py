@@ -32,7 +32,6 @@ ROUNDED_CHUNKS = {"cpu": 0, "cuda": 8}
 BY_EXP = products.AMX
 # numbers of a block, in fp32 beside the chunk, logits and probabilities, by exp in one memory: what caches hold, of an H200 50 MB
 BLOCK = {"cpu": 2**18 if BY_EXP else 2**19, "cuda": 2**22}
-LEAST = -87.0  # of a logit beside the largest: below, exp is no normal number, which takes a CPU ten times as long
 PRODUCT_ROWS = 8192  # of a head's gradient in 16 bit that are computed at once, to be added to the sum in fp32,
 WHOLE_PRODUCT = ("cpu",)  # but here all of them
 
@@ -156,7 +155,7 @@ class _Chunk:
             logits = wide.copy_(logits)
         top = logits.amax(1, keepdim=True)
         if self.by_exp:
-            p = torch.sub(logits, top, out=wide).clamp_(min=LEAST).exp_()
+            p = torch.sub(logits, top, out=wide).clamp_(min=products.LEAST_EXP).exp_()
             total = p.sum(1, keepdim=True)
             p.mul_(total.reciprocal())
         else:

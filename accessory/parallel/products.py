@@ -24,6 +24,7 @@ BLOCK = 2**20  # weights of a block: 4 MiB in fp32, which caches hold
 GRANULE = 32  # rows, at least, that are added together: what a tile of AMX takes along the sum
 FEW = 2  # tokens: so few read W once and hardly multiply, torch's loops are as fast then
 TURNED_FROM = 1024  # inputs of a weight, for which torch's turning costs less than it saves
+LEAST_EXP = -87.0  # of what exp is taken: below, it is no normal number, which takes a CPU ten times as long
 AMX = torch.cpu._is_amx_tile_supported()
 
 

@@ -59,7 +59,7 @@ def test_scores_so_far_apart_that_exp_under_and_overflows() -> None:
 
 
 @pytest.mark.parametrize("flash_forward", [True, False])
-def test_bf16_is_about_as_near_the_truth_as_flash(monkeypatch: pytest.MonkeyPatch, flash_forward: bool) -> None:
+def test_bf16_is_no_further_from_the_truth_than_flash(monkeypatch: pytest.MonkeyPatch, flash_forward: bool) -> None:
     monkeypatch.setattr(blocks, "FLASH_FORWARD", flash_forward)
     lengths = [200, 90]
     tensors = drawn(lengths, 4, 4, torch.bfloat16, 64)
@@ -67,8 +67,7 @@ def test_bf16_is_about_as_near_the_truth_as_flash(monkeypatch: pytest.MonkeyPatc
     flash = with_gradients(lambda *x: by_sdpa(*x, lengths), tensors)
     ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors)
     off = [[((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)] for found in (ours, flash)]
-    # the scores' gradient is rounded twice, and what several blocks give of k and v is rounded before it is summed
-    assert sum(off[0]) <= 1.05 * sum(off[1]) and max(off[0]) <= 1.1 * max(off[1]), off
+    assert sum(off[0]) <= sum(off[1]) and max(off[0]) <= max(off[1]), off
 
 
 @pytest.mark.parametrize("kv", [1, 4])
