@@ -5,9 +5,12 @@
 glibc maps a block of more than 32 MiB anew whenever it is asked for, whatever was freed before (under accessory.launch, 128). The
 tables of a vocabulary are such blocks, and to find their fresh pages takes longer than to fill them (docs/LOG.md). Only what a backward took is kept: of any
 other gradient it would wait in vain. A GPU's allocator keeps memory by itself, and FSDP has gradients of its own; neither is
-touched. Test: tests/unit/test_spare.py
+touched. `trim` gives back what the heap holds of the compiler's work. Test: tests/unit/test_spare.py
 """
 
+import ctypes
+import gc
+import sys
 from typing import Iterable
 
 import torch
@@ -18,6 +21,7 @@ LEAST = 2**25  # bytes, the largest that glibc would find among what was freed
 
 # of each parameter that takes, its gradient's memory or None
 _kept: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_graphs = 0  # compiled when `trim` was last called
 
 
 def give(parameters: Iterable[Tensor]) -> None:
@@ -38,3 +42,15 @@ def take(parameter: Tensor) -> Tensor:
     if spare is not None and (spare.shape, spare.stride(), spare.dtype) == like:
         return spare
     return torch.empty_like(parameter)
+
+
+def trim() -> None:
+    """Once a step, after which it gives the heap's free pages back to the system if layers were compiled in it: among what the
+    compiler leaves, large tensors find no place, and the heap would stay so much larger. Only where the C library is glibc."""
+    global _graphs
+    compiler = sys.modules.get("torch._dynamo.utils")  # not imported for this: 2 s of every run
+    graphs = compiler.counters["stats"]["unique_graphs"] if compiler else 0
+    if graphs != _graphs and sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        gc.collect()
+        libc.malloc_trim(ctypes.c_size_t(0))
+    _graphs = graphs

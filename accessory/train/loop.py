@@ -20,7 +20,7 @@ from accessory.data.loader import Batch, eval_batches, padded, train_windows, wi
 from accessory.flags import LoopArgs
 from accessory.model.attention import Segments
 from accessory.model.targets import Targets
-from accessory.parallel import groups, products
+from accessory.parallel import groups, products, spare
 from accessory.parallel.fsdp import DTYPES, gradients_travel, reshard
 from accessory.parallel.grads import GradientRules
 from accessory.train import optim
@@ -152,6 +152,7 @@ def fit(
             scale.update(found_inf)
             skipped_total = skipped_total + found_inf
             in_a_row = (in_a_row + 1) * found_inf
+            spare.trim()
             phases.mark("optimizer")
 
             state.advance(window.num_all_tokens, window.num_tokens, windows)

@@ -1,6 +1,10 @@
 """Large gradients' memory goes from the optimizer to the next backward, and nowhere else: values as without, on every path."""
 
 import gc
+import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +123,32 @@ def test_memory_goes_with_its_parameter_and_small_gradients_at_once() -> None:
     del large
     gc.collect()
     assert [p is small for p in spare._kept] == [True]
+
+
+HOLES = """
+import sys
+from accessory.parallel import spare
+def resident(): return int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
+def grown():  # 128 MiB of the heap, freed but for its last block
+    before, small = resident(), [bytearray(1000) for _ in range(2**17)]
+    del small[:-1]
+    spare.trim()
+    return resident() - before
+assert "torch._dynamo.utils" not in sys.modules
+print(grown())
+from torch._dynamo.utils import counters
+counters["stats"]["unique_graphs"] += 1
+print(grown())
+print(grown())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is another library's")
+def test_what_the_compiler_left_goes_back_once() -> None:
+    keeps = {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1073741824", "PYTHONMALLOC": "malloc"}
+    told = subprocess.run([sys.executable, "-c", HOLES], env=os.environ | keeps, capture_output=True, text=True, check=True)
+    uncompiled, compiled, later = map(float, told.stdout.split())
+    assert uncompiled > 100 and compiled < 20 and later > 100
 
 
 def test_a_lookup_is_torchs_to_the_second_derivative() -> None:
