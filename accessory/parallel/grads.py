@@ -9,8 +9,12 @@ A gradient here is a piece of a piece: fairscale cut the weight over mp, FSDP cu
 import torch
 from torch import Tensor, nn
 
-from accessory.parallel import groups
+from accessory.parallel import groups, products
 from accessory.parallel.fsdp import local
+
+# numbers of a gradient in fp32 on a CPU whose squares BLAS adds up, at most so many at once: torch's norm takes 1.2 to 1.3 times as
+# long, twice with two threads, and of 16 M numbers it is off by 4e-4, this by 2e-6
+BY_BLAS, ADDED = 2**16, 2**22
 
 
 class GradientRules:
@@ -66,7 +70,15 @@ def _squares(parameters: list) -> Tensor:
     gradients = [g for p in parameters if p.grad is not None and (g := local(p.grad)).numel()]
     if not gradients:  # on the device: from the host a GPU would be waited for
         return torch.zeros((), device=groups.device())
-    return torch.stack(torch._foreach_norm(gradients, 2, torch.float32)).square().sum()
+    squares, others = [], []
+    for g in gradients:
+        if g.numel() >= BY_BLAS and g.dtype == torch.float32 and g.device.type == "cpu":
+            squares += [torch.dot(part, part) for part in products.as_it_lies(g).reshape(-1).split(ADDED)]
+        else:
+            others.append(g)
+    if others:
+        squares.append(torch.stack(torch._foreach_norm(others, 2, torch.float32)).square().sum())
+    return torch.stack(squares).sum()
 
 
 def _sum(gradients: list, group) -> None:

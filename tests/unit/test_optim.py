@@ -15,6 +15,7 @@ from accessory.flags import SCHEDULES
 from accessory.model import ModelArgs, Transformer, shard_dim
 from accessory.model.llama import kv_copied
 from accessory.model.lora import partial_grad
+from accessory.parallel import groups
 from accessory.parallel.fsdp import local, sharder
 from accessory.parallel.grads import GradientRules
 from accessory.train import loop, objectives, optim
@@ -204,6 +205,21 @@ def test_steps_are_those_of_torchs_fused_adamw(sharded: bool) -> None:
         optim.step(optimizer, 1e-2, torch.tensor(0.0), torch.tensor(3.0))
         for mine, truth in zip(ours.parameters(), theirs.parameters()):
             assert torch.equal(local(mine.detach()), truth), step
+
+
+def test_the_norm_of_many_numbers_is_exact() -> None:
+    """Of a fp32 sum of 21 million squares, of a gradient that lies as its transpose and of an empty one."""
+    groups.init(1, on="cpu")
+    model = nn.ModuleDict({"w1": nn.Linear(4096, 4100, bias=False), "w2": nn.Linear(2048, 2048), "norm": nn.RMSNorm(0)})
+    for p in model.parameters():
+        p.grad = torch.randn(p.shape).add_(1)
+    model["w1"].weight.grad = torch.randn(4096, 4100).add_(1).t()
+    rules = GradientRules(model, 4, shard_dim, partial_grad, kv_copied)
+    truth = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt()
+    torch.testing.assert_close(rules.global_norm().double(), truth, rtol=1e-5, atol=0)
+    for wrong in (torch.inf, torch.nan):
+        model["w2"].bias.grad[5] = wrong
+        torch.testing.assert_close(rules.global_norm(), torch.tensor(wrong), equal_nan=True)
 
 
 def test_a_divisor_of_one_is_left_out(monkeypatch) -> None:

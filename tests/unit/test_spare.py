@@ -146,7 +146,9 @@ print(grown())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the heap is another library's")
 def test_what_the_compiler_left_goes_back_once() -> None:
     keeps = {"GLIBC_TUNABLES": "glibc.malloc.trim_threshold=1073741824", "PYTHONMALLOC": "malloc"}
-    told = subprocess.run([sys.executable, "-c", HOLES], env=os.environ | keeps, capture_output=True, text=True, check=True)
+    told = subprocess.run(
+        [sys.executable, "-c", HOLES], env=os.environ | keeps, capture_output=True, text=True, check=True
+    )
     uncompiled, compiled, later = map(float, told.stdout.split())
     assert uncompiled > 100 and compiled < 20 and later > 100
 
