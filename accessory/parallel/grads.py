@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from accessory.parallel import groups, products
 from accessory.parallel.fsdp import local
 
-# numbers of a gradient in fp32 on a CPU whose squares BLAS adds up, at most so many at once: torch's norm takes 1.2 to 1.3 times as
-# long, twice with two threads, and of 16 M numbers it is off by 4e-4, this by 2e-6
+# numbers of a gradient in fp32 on a CPU whose squares BLAS adds up, at most so many at once: of 58 M torch's norm is off by 4e-4,
+# this by 2e-6, and with two threads it takes half as long (docs/LOG.md)
 BY_BLAS, ADDED = 2**16, 2**22
 
 
