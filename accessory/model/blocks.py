@@ -7,15 +7,16 @@
 
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
 forward where there is AMX. As there, scores and softmax are fp32 and what is multiplied with v, q and k is in the inputs' dtype;
-so is, with AMX, the difference with the mean, but it is taken in the product's own fp32 and rounded once. exp is MKL's, a third of
-the time of torch's softmax. The blocks' memory is used again and again: a fresh one costs more, in page faults, than the product
-that fills it.
+so is, with AMX, the difference with the mean, but it is taken in the product's own fp32 and rounded once. The exponential is
+the faster of exp and exp2, for which the scale takes log2(e) along. The blocks' memory is used again and again: a fresh one
+costs more, in page faults, than the product that fills it.
 L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
 every key that counts. Proof: tests/unit/test_attention_blocks.py.
 
 Shapes: T tokens of a packed row, L of a sequence, n of a block, S = j keys, H query heads, K kv heads, G = H / K, Dh head dim.
 """
 
+import math
 from functools import partial
 from typing import Any
 
@@ -32,6 +33,9 @@ FLASH_FORWARD = products.AMX
 FLASH_ROWS = 16  # at a time: of other numbers it takes the rest without AMX
 # of p's gradient less its mean: in the inputs' dtype, where a product in fp32 takes three times as long
 ROUNDED_CHANGE = products.AMX
+# exp is MKL's: there a third of the time of torch's softmax, but on an AMD more than all of it, and three times that of exp2
+BY_EXP = products.AMX
+LOG2_E = math.log2(math.e)
 LONGEST = 1024  # beyond, the flash kernel is as fast
 
 
@@ -119,7 +123,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor
         wide = key.float()
         for i, j in _blocks(b - a):
             own = a + i, min(a + j, b)
-            p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j]), i)
+            p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j], LOG2_E), i)
             work.put(to, *own, torch.bmm(work.half(p), value[:, :j]))
             work.put(work.numbers(lse), *own, sums)
     return y, lse
@@ -129,16 +133,17 @@ def _backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, bounds: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
     found = tuple(_like(x) for x in (q, k, v))
-    work = _Work(q, k, bounds)
+    work, unit = _Work(q, k, bounds), 1.0 if BY_EXP else LOG2_E
     queries, keys, values, gradients, *to = (work.heads(x) for x in (q, k, v, gradient, *found))
-    lse, less_means, ones = work.numbers(lse), work.heads(_in_two(-means, q.dtype)), torch.ones((), dtype=q.dtype)
+    lse, less_means = work.numbers(lse * unit), work.heads(_in_two(-means, q.dtype))
+    ones = torch.ones((), dtype=q.dtype)
     for a, b in zip(bounds, bounds[1:]):
         key, value = work.rows(keys, a, b), work.rows(values, a, b, ones).to(work.change.dtype)
         wide = key.float()
         for i, j in reversed(_blocks(b - a)):
             own = a + i, min(a + j, b)
             query, g = work.rows(queries, *own), work.rows(gradients, *own, less_means[:, :, slice(*own)])
-            p = work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i)
+            p = work.softmax_again(work.scores_of(query, wide[:, :j], unit), lse[:, :, slice(*own)], i)
             of_v = torch.bmm(work.half(p).transpose(1, 2), g[..., :-2])
             change = torch.bmm(g.to(value.dtype), value[:, :j].transpose(1, 2), out=_view(work.change, p.shape))
             s = work.half(p.mul_(change))
@@ -185,7 +190,9 @@ class _Work:
     def __init__(self, q: Tensor, k: Tensor, bounds: list[int]):
         self.kv, self.scale, self.dtype = k.shape[1], q.shape[-1] ** -0.5, q.dtype
         longest = _rounded(max(b - a for a, b in zip(bounds, bounds[1:])))
-        largest = q.shape[1] * min(QUERIES, longest) * longest
+        queries = min(QUERIES, longest)
+        largest = q.shape[1] * queries * longest
+        self.later = torch.full((queries, queries), -torch.inf).triu_(1)
         self.scores = torch.empty(largest)  # fp32
         self.rounded = torch.empty(largest, dtype=q.dtype)
         self.change = torch.empty(largest, dtype=q.dtype if ROUNDED_CHANGE else torch.float32)
@@ -215,30 +222,33 @@ class _Work:
         """The other way, into `to`, without the zeros' rows."""
         to[:, :, start:stop] = x.unflatten(1, (to.shape[1], -1))[:, :, : stop - start]
 
-    def scores_of(self, query: Tensor, keys: Tensor) -> Tensor:
+    def scores_of(self, query: Tensor, keys: Tensor, times: float = 1.0) -> Tensor:
         """(K, G n, Dh) and, in fp32, (K, S, Dh) -> (K, G n, S) in fp32."""
         to = _view(self.scores, (*query.shape[:2], keys.shape[1]))
-        return self.scaled(query.float(), keys.transpose(1, 2), to)
+        return self.scaled(query.float(), keys.transpose(1, 2), to, times)
 
     def softmax(self, scores: Tensor, i: int) -> tuple[Tensor, Tensor]:
-        """In place, of queries from i on, which see no later key; and the logarithms of the sums, (K, G n, 1)."""
+        """In place, of queries from i on, which see no later key, scores to the base 2; and the logarithms of the sums, (K, G n, 1),
+        to the base e."""
         n = scores.shape[-1] - i
-        scores.unflatten(1, (-1, n))[..., i:].add_(torch.full((n, n), -torch.inf).triu_(1))
+        scores.unflatten(1, (-1, n))[..., i:].add_(self.later[:n, :n])
         highest = scores.amax(-1, keepdim=True)
-        p = torch.softmax(scores, -1, out=scores)
-        return p, highest.sub_(p.amax(-1, keepdim=True).log_())  # the largest probability is exp(0) / sum
+        p = scores.sub_(highest).exp2_()
+        total = p.sum(-1, keepdim=True)
+        return p.mul_(total.reciprocal()), total.log2_().add_(highest).div_(LOG2_E)
 
     def softmax_again(self, scores: Tensor, lse: Tensor, i: int) -> Tensor:
-        """The same in place, from the logarithms (K, G, n or fewer, 1)."""
+        """The same in place, from the logarithms (K, G, n or fewer, 1), to the base of the scores: 2, or e BY_EXP."""
         by_query = scores.unflatten(1, (lse.shape[1], -1))
         by_query[:, :, : lse.shape[2]].sub_(lse)
-        scores.clamp_(products.LEAST_EXP, 0).exp_()  # later keys may have more than 0, but are cut off now
+        # later keys may have more than 0, but are cut off now
+        scores.clamp_(products.LEAST_EXP, 0).exp_() if BY_EXP else scores.exp2_()
         by_query.tril_(i)
         return scores
 
-    def scaled(self, x: Tensor, y: Tensor, to: Tensor) -> Tensor:
-        """x y times the scale, in `to`."""
-        return torch.baddbmm(to, x, y, beta=0, alpha=self.scale, out=to)
+    def scaled(self, x: Tensor, y: Tensor, to: Tensor, times: float = 1.0) -> Tensor:
+        """x y times the scale and `times`, in `to`."""
+        return torch.baddbmm(to, x, y, beta=0, alpha=self.scale * times, out=to)
 
     def half(self, x: Tensor) -> Tensor:
         """In the inputs' dtype, for products."""

@@ -38,6 +38,13 @@ def with_gradients(attend, tensors: list[Tensor]) -> list[Tensor]:
     return [y.detach(), *torch.autograd.grad(y, inputs, gradient)]
 
 
+@pytest.fixture(params=["exp", "exp2"])
+def either_exponential(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU with AMX, and on others."""
+    monkeypatch.setattr(blocks, "BY_EXP", request.param == "exp")
+
+
+@pytest.mark.usefixtures("either_exponential")
 @pytest.mark.parametrize("kv", [1, 2, 4])
 @pytest.mark.parametrize("lengths", LENGTHS)
 def test_result_and_gradients_are_those_of_sdpa(lengths: list[int], kv: int) -> None:
@@ -48,6 +55,7 @@ def test_result_and_gradients_are_those_of_sdpa(lengths: list[int], kv: int) -> 
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("either_exponential")
 def test_scores_so_far_apart_that_exp_under_and_overflows() -> None:
     lengths = [300, 64, 2]
     q, *others = drawn(lengths, 4, 2, torch.float32)
