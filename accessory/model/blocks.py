@@ -210,8 +210,11 @@ class _Work:
         below each other, so that no key is copied for them. A copy: each use of another order would make one. `beside`: for two
         columns more."""
         (k, g, _, size), length, n = x.shape, stop - start, _rounded(stop - start)
+        x = x[:, :, start:stop]
+        if beside is None and length == n:
+            return x.contiguous().view(k, g * n, size)
         to = x.new_empty(k, g, n, size if beside is None else size + 2)
-        to[:, :, :length, :size] = x[:, :, start:stop]
+        to[:, :, :length, :size] = x
         if beside is not None:
             to[:, :, :length, size:] = beside
         if length < n:
@@ -220,7 +223,8 @@ class _Work:
 
     def put(self, to: Tensor, start: int, stop: int, x: Tensor) -> None:
         """The other way, into `to`, without the zeros' rows."""
-        to[:, :, start:stop] = x.unflatten(1, (to.shape[1], -1))[:, :, : stop - start]
+        x = x.view(*to.shape[:2], -1, x.shape[-1])
+        to[:, :, start:stop] = x if x.shape[2] == stop - start else x[:, :, : stop - start]
 
     def scores_of(self, query: Tensor, keys: Tensor, times: float = 1.0) -> Tensor:
         """(K, G n, Dh) and, in fp32, (K, S, Dh) -> (K, G n, S) in fp32."""
@@ -231,7 +235,7 @@ class _Work:
         """In place, of queries from i on, which see no later key, scores to the base 2; and the logarithms of the sums, (K, G n, 1),
         to the base e."""
         n = scores.shape[-1] - i
-        scores.unflatten(1, (-1, n))[..., i:].add_(self.later[:n, :n])
+        scores.view(-1, n, i + n)[..., i:].add_(self.later[:n, :n])
         highest = scores.amax(-1, keepdim=True)
         p = scores.sub_(highest).exp2_()
         total = p.sum(-1, keepdim=True)
@@ -239,7 +243,7 @@ class _Work:
 
     def softmax_again(self, scores: Tensor, lse: Tensor, i: int) -> Tensor:
         """The same in place, from the logarithms (K, G, n or fewer, 1), to the base of the scores: 2, or e BY_EXP."""
-        by_query = scores.unflatten(1, (lse.shape[1], -1))
+        by_query = scores.view(*lse.shape[:2], -1, scores.shape[-1])
         by_query[:, :, : lse.shape[2]].sub_(lse)
         # later keys may have more than 0, but are cut off now
         scores.clamp_(products.LEAST_EXP, 0).exp_() if BY_EXP else scores.exp2_()
@@ -267,4 +271,4 @@ def _blocks(length: int) -> list[tuple[int, int]]:
 
 
 def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return memory[: shape[0] * shape[1] * shape[2]].view(shape)
+    return memory.as_strided(shape, (shape[1] * shape[2], shape[2], 1))
