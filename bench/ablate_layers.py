@@ -13,6 +13,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     loss chunk     256 tokens' logits at a time (fp32: 512)         4 MiB of them
     exp            the head's softmax by MKL's exp (AMX only)       torch's softmax
     supervised     head over the 35 % of tokens that are learnt     over all of them
+    last layer     after attention over those 35 % too              over all tokens
     packed         documents side by side in one row                a padded row each
     shared         29 tokens that all begin with once (Alpaca's)    in each document
     norm           RMSNorm's own backward                           torch's
@@ -43,7 +44,7 @@ from torch.nn import functional as F
 from accessory.config import run_tool
 from accessory.data.loader import collate
 from accessory.data.sft import Example
-from accessory.model import ModelArgs, Transformer, blocks, llama, rope
+from accessory.model import ModelArgs, Transformer, blocks, llama, rope, targets
 from accessory.model.attention import Segments
 from accessory.model.llama import set_parameter
 from accessory.model.lora import LoRA, TuningArgs, add_tuning, initial_value, linears, mark_trainable
@@ -61,6 +62,7 @@ ROWS = (
     "loss chunk",
     "exp",
     "supervised",
+    "last layer",
     "packed",
     "shared",
     "norm",
@@ -144,9 +146,10 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
         return step, lambda: with_other(loss, "CHUNK_BYTES", 4 * 2**20, step)
     if name == "exp":
         return step, lambda: with_other(loss, "BY_EXP", False, step)
-    if name == "supervised":
+    if name in ("supervised", "last layer"):
         learnt = row.masked_fill(torch.arange(row.shape[1]) % 20 >= 7, -100)
-        return lambda: step(learnt), step
+        whole = lambda: with_other(targets, "FEW", 0.0, lambda: step(learnt))  # noqa: E731
+        return (lambda: step(learnt), whole) if name == "last layer" else (whole, step)
     if name == "packed":
         padded, labels = padded_rows(row, lengths)
         return step, lambda: model(padded, labels=labels)[0]

@@ -29,7 +29,7 @@ from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named
 from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
 from accessory.model.swiglu import swiglu
-from accessory.model.targets import Targets, targets_of
+from accessory.model.targets import Targets, only, targets_of
 from accessory.parallel import groups
 from accessory.parallel.derivatives import over_mp, transformed
 from accessory.parallel.layers import (
@@ -104,9 +104,10 @@ class Attention(nn.Module):
         cache: Cache | None,
         layer: int,
         divided: bool,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """x: all tokens, already through `copy_to_mp` or `gather_tokens`, once for the three. -> (B, T, D), or with `divided`
-        (N/mp, D)."""
+        """x: all tokens, already through `copy_to_mp` or `gather_tokens`, once for the three. -> (B, T, D), with `divided`
+        (N/mp, D), with `rows` (1, M, D)."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
         if self.q_norm is not None:  # one weight for all heads: this rank's gradient is that of its own heads
             q, k = self.q_norm(q), self.k_norm(k)
@@ -114,7 +115,7 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)
-        y = attend(q, k, v, packed, mask).flatten(2)
+        y = only(attend(q, k, v, packed, mask).flatten(2), rows)
         return self.wo.divided(y) if divided else self.wo(y)
 
 
@@ -153,23 +154,31 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(args)
 
     def forward(
-        self, x: Tensor, turns: Tensor, packed: Segments | None = None, cache: Cache | None = None, index: int = 0
+        self,
+        x: Tensor,
+        turns: Tensor,
+        packed: Segments | None = None,
+        cache: Cache | None = None,
+        index: int = 0,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """`index`: where in the cache this layer's keys are; told by the model, whose layers may be moved and repeated."""
+        """`index`: where in the cache this layer's keys are; told by the model, whose layers may be moved and repeated. `rows`:
+        see `compute`."""
         if cache is not None:  # never compiled: the cache would make one more graph of every layer
             return self._compute(x, turns, packed, cache, None, index)
         if self.checkpointing == "full" and torch.is_grad_enabled():
-            return checkpoint(self.compute, x, turns, packed, use_reentrant=False)
-        return self.compute(x, turns, packed)
+            return checkpoint(self.compute, x, turns, packed, rows, use_reentrant=False)
+        return self.compute(x, turns, packed, rows)
 
-    def compute(self, x: Tensor, turns: Tensor, packed: Segments | None) -> Tensor:
-        """x (B, T, D), or under sequence parallel (N/mp, D); the result alike."""
+    def compute(self, x: Tensor, turns: Tensor, packed: Segments | None, rows: Tensor | None = None) -> Tensor:
+        """x (B, T, D), or under sequence parallel (N/mp, D); the result alike. With `rows`, (M,) among the B T tokens, of these
+        alone, (1, M, D): what comes after attention is then computed for no other."""
         keeps_less = self.checkpointing == "selective" or (self.checkpointing == "none" and x.dim() == 2)
         # compiled, the partitioner does it: it keeps products and makes what is pointwise again
         if not keeps_less or torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return self._compute(x, turns, packed)
+            return self._compute(x, turns, packed, rows=rows)
         with Remade() as remade:
-            return self._compute(x, turns, packed, None, remade)
+            return self._compute(x, turns, packed, None, remade, rows=rows)
 
     def _compute(
         self,
@@ -179,10 +188,11 @@ class Block(nn.Module):
         cache: Cache | None = None,
         remade: Remade | None = None,
         index: int = 0,
+        rows: Tensor | None = None,
     ) -> Tensor:
         divided = x.dim() == 2
         h = self._entering(self.attention_norm, x, turns, remade)
-        x = x + self.attention(h, turns, packed, cache, index, divided)
+        x = only(x, rows) + self.attention(h, turns, packed, cache, index, divided, rows)
         h = self._entering(self.ffn_norm, x, turns, remade)
         return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
 
@@ -239,7 +249,7 @@ class Transformer(nn.Module):
         check_tokens(tokens, self)
         packed = segments(tokens, cu_seqlens)
         targets = None if labels is None else targets_of(labels, tokens, packed, self.args.vocab_size)
-        x = self._stream(tokens, positions, packed, cache)
+        x = self._stream(tokens, positions, packed, cache, targets)
         return over_mp(self._logits(self._whole(x, tokens))) if targets is None else self._loss(x, tokens, targets)
 
     def hidden(
@@ -252,7 +262,12 @@ class Transformer(nn.Module):
         return over_mp(self._whole(self._stream(tokens, positions, segments(tokens, cu_seqlens)), tokens))
 
     def _stream(
-        self, tokens: Tensor, positions: Tensor | None, packed: Segments | None, cache: Cache | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor | None,
+        packed: Segments | None,
+        cache: Cache | None = None,
+        targets: Targets | None = None,
     ) -> Tensor:
         """(B, T, D) after the last norm, or under sequence parallel (N/mp, D)."""
         if positions is None:
@@ -269,8 +284,10 @@ class Transformer(nn.Module):
         turns = rope.table(positions, freqs, self.rope_factor)
         divided = self.sequence_parallel and groups.mp_size() > 1 and cache is None
         x = self.tok_embeddings.divided(tokens) if divided else self.tok_embeddings(tokens)
+        rows = targets.few(x.dtype) if targets and x.dim() == 3 and cache is None and self._narrows() else None
         for index, layer in enumerate(self.layers):
-            x = layer(x, turns, packed, cache, index)
+            last = rows is not None and index == len(self.layers) - 1
+            x = layer(x, turns, packed, cache, index, rows) if last else layer(x, turns, packed, cache, index)
         return self.norm(x)
 
     def _whole(self, x: Tensor, tokens: Tensor) -> Tensor:
@@ -295,13 +312,33 @@ class Transformer(nn.Module):
     def _loss(self, x: Tensor, tokens: Tensor, targets: Targets) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         # (M, D): only what has a target goes through the head
         if self._fuses():
-            x = gather_rows(x, targets.host_rows) if x.dim() == 2 else copy_to_mp(x.flatten(0, 1)[targets.rows])
+            if x.dim() == 2:
+                x = gather_rows(x, targets.host_rows)
+            elif x.shape[:2] != tokens.shape:
+                x = copy_to_mp(x[0, : len(targets.ids)])
+            else:
+                x = copy_to_mp(x.flatten(0, 1)[targets.rows])
             loss, correct = linear_cross_entropy(x, self.head, targets.ids, self.args.vocab_size)
         else:
             logits = self._logits(self._whole(x, tokens).flatten(0, 1)[targets.rows]).float()
             loss = over_mp(F.cross_entropy(logits, targets.ids, reduction="sum"))
             correct = (logits.argmax(-1) == targets.ids).sum()
         return loss, torch.full((), len(targets.ids), device=loss.device), {"correct": correct}
+
+    def _narrows(self) -> bool:
+        """Whether the last layer may leave out rows that have no target: not where it is not ours, or something looks
+        at what it or its parts give."""
+        if not (self._fuses() and len(self.layers)):
+            return False
+        layer = self.layers[-1]
+        if not (
+            _forwards(layer, Block)
+            and _forwards(layer.attention, Attention)
+            and _forwards(layer.feed_forward, FeedForward)
+        ):
+            return False
+        hooks = (hook for m in (*layer.modules(), self.norm) for hook in _hooks(m))
+        return all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp") for hook in hooks)
 
     def _fuses(self) -> bool:
         """Whether head and loss may be one step: not where the head is more than its weight, nor under torch.func."""
@@ -333,6 +370,15 @@ class Transformer(nn.Module):
             return torch.zeros(shape)
         std = 0.02 / (2 * self.args.n_layers) ** 0.5 if shard_dim(name) == 1 else 0.02
         return torch.empty(shape).normal_(0, std, generator=torch.Generator().manual_seed(named_seed(seed, name)))
+
+
+def _forwards(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether its forward is that of `kind`, which FSDP leaves and somebody's own does not."""
+    return getattr(module.forward, "__func__", None) is kind.forward
+
+
+def _hooks(module: nn.Module) -> list[Callable]:
+    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values()]
 
 
 def global_shape(args: ModelArgs, name: str, lora_rank: int = 0) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch._dynamo.testing import CompileCounter
 from torch._dynamo.utils import counters
 
 from accessory.flags import ParallelArgs
-from accessory.model import Transformer, attention
+from accessory.model import Transformer, attention, targets
 from accessory.model.attention import Segments
 from accessory.model.lora import TuningArgs, mark_trainable
 from accessory.model.pretrained import build, quantise
@@ -62,9 +62,11 @@ def step(model: Transformer, lengths: list[int], trains: bool = True, shares: bo
 
 
 @pytest.mark.parametrize(
-    "tuning, flags, most",  # graphs: a layer in two parts, around the attention; twice where x first needs no gradient
+    # graphs: a layer in two parts, around the attention; twice where x first needs no gradient; the last layer's second part,
+    # which goes on with the rows alone that have a target, is another
+    "tuning, flags, most",
     [
-        ({}, {}, 10),
+        ({}, {}, 12),
         (LORA | {"lora_dropout": 0.1}, {"checkpointing": True, "quant": "nf4"}, 15),
     ],
     ids=["full", "lora with all"],
@@ -83,6 +85,20 @@ def test_two_steps_of_a_kind_compile_and_no_other(monkeypatch, tuning: dict, fla
         alone = [step(model, [n]) for n in (30, 31, 17)]  # one document needs no bounds: attention joins the graph
         assert alone == [alone[0]] * 3, alone
         assert counter.frame_count <= most + 14, counter.frame_count
+
+
+def test_last_layers_with_few_rows_and_with_all_compile_once_each(monkeypatch) -> None:
+    with counted_compiler(monkeypatch) as counter:
+        model = model_of(2, {})
+        monkeypatch.setattr(targets, "FEW", 0.0)
+        whole = [step(model, lengths) for lengths in PACKS]
+        before = counter.frame_count
+        monkeypatch.setattr(targets, "FEW", 1.0)
+        few = [step(model, lengths) for lengths in PACKS]
+        assert whole[1:] == [whole[1]] * (len(PACKS) - 1) and few[1:] == [few[1]] * (len(PACKS) - 1), (whole, few)
+        assert counter.frame_count <= before + 4  # both parts of the layer, in two steps
+        monkeypatch.setattr(targets, "FEW", 0.0)
+        assert step(model, PACKS[0]) == few[-1]
 
 
 def test_layers_share_their_graphs(monkeypatch) -> None:
