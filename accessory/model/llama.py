@@ -25,7 +25,7 @@ from accessory.model import rope
 from accessory.model.args import ModelArgs, check_model_parallel
 from accessory.model.attention import Segments, attend, segments
 from accessory.model.checks import check_positions, check_tokens, check_window
-from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, RowLinear, named_seed
+from accessory.model.lora import COLUMN, LINEARS, ColumnLinear, LoRA, RowLinear, named_seed
 from accessory.model.norm import RMSNorm
 from accessory.model.recompute import Remade
 from accessory.model.swiglu import swiglu
@@ -337,6 +337,8 @@ class Transformer(nn.Module):
             and _forwards(layer.feed_forward, FeedForward)
         ):
             return False
+        if any(isinstance(m, LoRA) and m.training and m.lora_dropout for m in layer.modules()):
+            return False  # masks would be drawn for fewer rows than under sequence parallel
         hooks = (hook for m in (*layer.modules(), self.norm) for hook in _hooks(m))
         return all(getattr(hook, "__module__", "").startswith("torch.distributed.fsdp") for hook in hooks)
 
@@ -378,7 +380,8 @@ def _forwards(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _hooks(module: nn.Module) -> list[Callable]:
-    return [*module._forward_pre_hooks.values(), *module._forward_hooks.values(), *module._backward_hooks.values()]
+    kinds = module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks
+    return [hook for kind in kinds for hook in kind.values()]
 
 
 def global_shape(args: ModelArgs, name: str, lora_rank: int = 0) -> tuple[int, ...]:

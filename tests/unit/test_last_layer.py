@@ -121,6 +121,12 @@ def test_who_looks_at_the_last_layer_sees_all_rows(where: str) -> None:
     assert seen == [(1, 100)]
 
 
+def test_dropout_draws_the_same_masks_as_for_all_rows() -> None:
+    model, of = model_of(LORA | {"lora_dropout": 0.3}), batch(1)
+    assert trained(model, *of)[0] == [100, 100]
+    assert trained(model.eval(), *of)[0][1] < 50
+
+
 class Mine(nn.Module):
     """A layer of somebody's own."""
 
