@@ -84,8 +84,11 @@ def segments(tokens: Tensor, cu_seqlens: Tensor | Segments | None) -> Segments |
     return packed
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tensor | None) -> Tensor:
-    """softmax(q k^T / sqrt(Dh)) v, causal. q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). `mask` as SDPA takes it."""
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tensor | None, keeps: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(Dh)) v, causal. q (B, T, H, Dh); k, v (B, S, K, Dh) -> (B, T, H, Dh). `mask` as SDPA takes it.
+    `keeps`: more may be kept for backward where that makes it faster (blocks.py)."""
     if packed is None:
         return _sdpa(q, k, v, mask)
     takes = packed.kernel is not None and q.dtype in HALF and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
@@ -94,20 +97,20 @@ def attend(q: Tensor, k: Tensor, v: Tensor, packed: Segments | None, mask: Tenso
     if takes and packed.spread is None:
         return packed.kernel(q[0], k[0], v[0], packed.cu_seqlens, packed.longest).unsqueeze(0)
     if not torch.compiler.is_compiling():
-        return _one_by_one(q, k, v, packed)
+        return _one_by_one(q, k, v, packed, keeps)
     if blocks.faster(q, packed.longest) and packed.spread is None:
         q, k, v = (x.squeeze(0) for x in (q, k, v))  # x[0]'s backward is a pass over memory
-        return blocks.attend_opaque(q, k, v, packed.cu_seqlens)[0].unsqueeze(0)
-    return _uncompiled(q, k, v, packed)
+        return blocks.attend_opaque(q, k, v, packed.cu_seqlens, keeps)[0].unsqueeze(0)
+    return _uncompiled(q, k, v, packed, keeps)
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments) -> Tensor:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, packed: Segments, keeps: bool) -> Tensor:
     """Never compiled: the bounds differ in every batch, each would be a new graph; so would they as an argument."""
     if packed.spread is not None:
         to = packed.spread
-        return to.gathered(attend(to.queries(q), to.keys(k), to.keys(v), packed.whole, None))
+        return to.gathered(attend(to.queries(q), to.keys(k), to.keys(v), packed.whole, None, keeps))
     if blocks.faster(q, packed.longest):
-        return blocks.attend(q[0], k[0], v[0], packed.bounds).unsqueeze(0)
+        return blocks.attend(q[0], k[0], v[0], packed.bounds, keeps).unsqueeze(0)
     lengths = [b - a for a, b in zip(packed.bounds, packed.bounds[1:])]
     parts = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), v.split(lengths, dim=1))
     return torch.cat([_sdpa(*part, None) for part in parts], dim=1)

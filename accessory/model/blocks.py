@@ -2,7 +2,7 @@
 
     a sequence of L tokens:   queries [i, j) see keys [0, j)      scores -> softmax -> times v, a block at a time
     kept for backward:        q, k, v, y and the logarithms of softmax's sums, of which the probabilities are made again, as in
-                              flash attention: p = exp(scores - lse)
+                              flash attention: p = exp(scores - lse); of short sequences, where asked for, p itself (`KEPT`)
     of the scores:            p (g v^T - mean), mean = sum(g y): one product of g | -mean, in two numbers of 16 bit, with v | 1 1
 
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
@@ -37,6 +37,9 @@ ROUNDED_CHANGE = products.AMX
 BY_EXP = products.AMX
 LOG2_E = math.log2(math.e)
 LONGEST = 1024  # beyond, the flash kernel is as fast
+# probabilities, a query head and token, of which there is room for backward: as many as sequences of up to two blocks have. In
+# fp16, which holds what lies in [0, 1] eight times as finely as bf16
+KEPT = 192
 
 
 def faster(q: Tensor, longest: int) -> bool:
@@ -46,63 +49,76 @@ def faster(q: Tensor, longest: int) -> bool:
     return takes and longest <= LONGEST and not torch.is_autocast_enabled("cpu")
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-    """Each sequence sees itself only. q (T, H, Dh); k, v (T, K, Dh); bounds 0, .., T -> (T, H, Dh)."""
-    return _Attend.apply(q, k, v, bounds)
+def kept_bytes(device: torch.device, dtype: torch.dtype) -> int:
+    """A query head and token, where `attend` keeps."""
+    takes = device.type == "cpu" and dtype == torch.bfloat16 and products.CPU_MULTIPLIES[dtype]
+    return 2 * KEPT if takes and not FLASH_FORWARD else 0
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], keeps: bool = False) -> Tensor:
+    """Each sequence sees itself only. q (T, H, Dh); k, v (T, K, Dh); bounds 0, .., T -> (T, H, Dh). `keeps`: H KEPT numbers a
+    token more for a backward that takes four fifths of the time."""
+    return _Attend.apply(q, k, v, bounds, keeps)
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> Tensor:
-        y, lse = _forward(q, k, v, bounds)
-        ctx.save_for_backward(q, k, v, y, lse)
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bounds: list[int], keeps: bool) -> Tensor:
+        y, *beside = _forward(q, k, v, bounds, keeps)
+        ctx.save_for_backward(q, k, v, y, *beside)
         ctx.bounds = bounds
         return y
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         once_only("attention over packed sequences in bf16", "give each sequence a row, or take fp32")
-        *qkv, y, lse = ctx.saved_tensors
+        *qkv, y, lse, kept = ctx.saved_tensors
         # within the caches; compiled, it is one pass
         means = torch.cat([_means(*some) for some in zip(gradient.split(QUERIES), y.split(QUERIES))])
-        return *_backward(gradient, *qkv, means, lse, ctx.bounds), None
+        return *_backward(gradient, *qkv, means, lse, kept, ctx.bounds), None, None
 
 
 _opaque = partial(torch.library.custom_op, mutates_args=(), device_types="cpu")
 
 
 @_opaque("accessory::attend")
-def attend_opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor]:
+def attend_opaque(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
     """`attend` as torch.compile takes it into a layer's graph: it looks no further into it, so lengths make no new graph. The
-    second result, (H, T), is for backward alone."""
-    return _forward(q, k, v, bounds.tolist())
+    second and third result are for backward alone."""
+    return _forward(q, k, v, bounds.tolist(), keeps)
 
 
 @_opaque("accessory::attend_backward")
 def _backward_opaque(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, bounds: Tensor
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, kept: Tensor, bounds: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _backward(gradient, q, k, v, means, lse, bounds.tolist())
+    return _backward(gradient, q, k, v, means, lse, kept, bounds.tolist())
 
 
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
-    *qkv, bounds = inputs
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *qkv, bounds, _ = inputs
     ctx.save_for_backward(*qkv, *output, bounds)
-    ctx.mark_non_differentiable(output[1])
+    ctx.mark_non_differentiable(*output[1:])
 
 
-def _traced_backward(ctx: Any, gradient: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    *qkv, y, lse, bounds = ctx.saved_tensors
-    return *_backward_opaque(gradient, *qkv, _means(gradient, y), lse, bounds), None
+def _traced_backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    *qkv, y, lse, kept, bounds = ctx.saved_tensors
+    return *_backward_opaque(gradient, *qkv, _means(gradient, y), lse, kept, bounds), None, None
 
 
 def _like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype)
 
 
-attend_opaque.register_fake(lambda q, k, v, bounds: (_like(q), torch.empty(q.shape[1], q.shape[0])))
+def _empty(q: Tensor, keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_forward` fills."""
+    room = q.shape[0] * q.shape[1] * KEPT if keeps and not FLASH_FORWARD else 0
+    return _like(q), torch.empty(q.shape[1], q.shape[0]), torch.empty(room, dtype=torch.float16)
+
+
+attend_opaque.register_fake(lambda q, k, v, bounds, keeps: _empty(q, keeps))
 attend_opaque.register_autograd(_traced_backward, setup_context=_keep)
-_backward_opaque.register_fake(lambda gradient, q, k, v, means, lse, bounds: (_like(q), _like(k), _like(v)))
+_backward_opaque.register_fake(lambda gradient, q, k, v, means, lse, kept, bounds: (_like(q), _like(k), _like(v)))
 
 
 def _means(gradient: Tensor, y: Tensor) -> Tensor:
@@ -110,12 +126,13 @@ def _means(gradient: Tensor, y: Tensor) -> Tensor:
     return (gradient.float() * y).sum(-1)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor, Tensor]:
-    """The result, and log(sum(exp(scores))) of each head and query, (H, T) in fp32."""
-    y, lse = _like(q), torch.empty(q.shape[1], q.shape[0])
+def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], keeps: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The result; log(sum(exp(scores))) of each head and query, (H, T) in fp32; probabilities in fp16, as `_places` has them."""
+    y, lse, kept = _empty(q, keeps)
     if FLASH_FORWARD and q.dtype == torch.bfloat16:
         _flash(q, k, v, bounds, y, lse)
-        return y, lse
+        return y, lse, kept
+    places = _places(bounds, q.shape[1], kept)
     work = _Work(q, k, bounds)
     queries, keys, values, to = (work.heads(x) for x in (q, k, v, y))
     for a, b in zip(bounds, bounds[1:]):
@@ -126,12 +143,15 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int]) -> tuple[Tensor
             p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j], LOG2_E), i)
             work.put(to, *own, torch.bmm(work.half(p), value[:, :j]))
             work.put(work.numbers(lse), *own, sums)
-    return y, lse
+            if (place := places.get(a + i)) is not None:
+                _view(kept[place:], p.shape).copy_(p)
+    return y, lse, kept
 
 
 def _backward(
-    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, bounds: list[int]
+    gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, means: Tensor, lse: Tensor, kept: Tensor, bounds: list[int]
 ) -> tuple[Tensor, Tensor, Tensor]:
+    places = _places(bounds, q.shape[1], kept)
     found = tuple(_like(x) for x in (q, k, v))
     work, unit = _Work(q, k, bounds), 1.0 if BY_EXP else LOG2_E
     queries, keys, values, gradients, *to = (work.heads(x) for x in (q, k, v, gradient, *found))
@@ -139,11 +159,15 @@ def _backward(
     ones = torch.ones((), dtype=q.dtype)
     for a, b in zip(bounds, bounds[1:]):
         key, value = work.rows(keys, a, b), work.rows(values, a, b, ones).to(work.change.dtype)
-        wide = key.float()
+        wide = key.float() if any(a + i not in places for i, _ in _blocks(b - a)) else None
         for i, j in reversed(_blocks(b - a)):
             own = a + i, min(a + j, b)
             query, g = work.rows(queries, *own), work.rows(gradients, *own, less_means[:, :, slice(*own)])
-            p = work.softmax_again(work.scores_of(query, wide[:, :j], unit), lse[:, :, slice(*own)], i)
+            if (place := places.get(a + i)) is not None:
+                shape = *query.shape[:2], j
+                p = _view(work.scores, shape).copy_(_view(kept[place:], shape))
+            else:
+                p = work.softmax_again(work.scores_of(query, wide[:, :j], unit), lse[:, :, slice(*own)], i)
             of_v = torch.bmm(work.half(p).transpose(1, 2), g[..., :-2])
             change = torch.bmm(g.to(value.dtype), value[:, :j].transpose(1, 2), out=_view(work.change, p.shape))
             s = work.half(p.mul_(change))
@@ -268,6 +292,17 @@ def _blocks(length: int) -> list[tuple[int, int]]:
     whole = _rounded(length)
     size = _rounded(-(-length // -(-whole // QUERIES)))
     return [(i, min(i + size, whole)) for i in range(0, length, size)]
+
+
+def _places(bounds: list[int], heads: int, kept: Tensor) -> dict[int, int]:
+    """Where in `kept` the probabilities of the block are that begins with a query of the row, as long as there is room."""
+    places, used = {}, 0
+    for a, b in zip(bounds, bounds[1:]):
+        for i, j in _blocks(b - a):
+            if used + (size := heads * (j - i) * j) <= len(kept):
+                places[a + i] = used
+                used += size
+    return places
 
 
 def _view(memory: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -105,9 +105,10 @@ class Attention(nn.Module):
         layer: int,
         divided: bool,
         rows: Tensor | None = None,
+        keeps: bool = False,
     ) -> Tensor:
         """x: all tokens, already through `copy_to_mp` or `gather_tokens`, once for the three. -> (B, T, D), with `divided`
-        (N/mp, D), with `rows` (1, M, D)."""
+        (N/mp, D), with `rows` (1, M, D). `keeps`: memory may be spent on speed."""
         q, k, v = (w(x).unflatten(-1, (-1, self.head_size)) for w in (self.wq, self.wk, self.wv))  # (B, T, H|K/mp, Dh)
         if self.q_norm is not None:  # one weight for all heads: this rank's gradient is that of its own heads
             q, k = self.q_norm(q), self.k_norm(k)
@@ -115,7 +116,9 @@ class Attention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.update(layer, k, v)
-        y = only(attend(q, k, v, packed, mask).flatten(2), rows)
+        # little beside gradients and moments; who trains an adapter alone has none to spare
+        keeps = keeps and torch.is_grad_enabled() and self.wq.weight.requires_grad
+        y = only(attend(q, k, v, packed, mask, keeps).flatten(2), rows)
         return self.wo.divided(y) if divided else self.wo(y)
 
 
@@ -192,7 +195,8 @@ class Block(nn.Module):
     ) -> Tensor:
         divided = x.dim() == 2
         h = self._entering(self.attention_norm, x, turns, remade)
-        x = only(x, rows) + self.attention(h, turns, packed, cache, index, divided, rows)
+        more = (rows, self.checkpointing == "none") if isinstance(self.attention, Attention) else ()
+        x = only(x, rows) + self.attention(h, turns, packed, cache, index, divided, *more)
         h = self._entering(self.ffn_norm, x, turns, remade)
         return x + self.feed_forward(h, divided, remade if self.checkpointing == "selective" else None)
 

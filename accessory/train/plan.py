@@ -7,6 +7,7 @@
     activations                     values a token and layer, autograd's saved tensors (SAVED, tests/unit/test_checkpointing.py):
                                     4 D + (A + 3 F) / mp, selective 2 D + (A + 2 F) / mp, full D; sequence parallel: all / mp
                                     A: q, k, v and attention's result, k and v as wide as q but where a kernel takes groups
+                                    and on a CPU what attention by blocks keeps (model/blocks.py)
     gradients                       on a GPU, of a single micro batch: what they have beyond the activations, whose place they take
     the program itself              Python, torch, libraries: measured
 
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from accessory.flags import ParallelArgs
-from accessory.model import attention
+from accessory.model import attention, blocks
 from accessory.model.llama import Transformer, global_shape
 from accessory.model.lora import packed_weights
 from accessory.parallel import groups, products
@@ -78,6 +79,9 @@ def plan(
     kept = {
         mode: activations(model, tokens, compute, mode, parallel.sequence_parallel, wide, grouped) for mode in SAVED
     }
+    if model.layers[0].attention.wq.weight.requires_grad:
+        heads = len(model.layers) * model.args.n_heads / groups.mp_size()
+        kept["none"] += tokens * heads * blocks.kept_bytes(groups.device(), DTYPES[parallel.precision])
     gradients = trained_count * 4 / dp
     alone = loop_args.sequences_per_step(groups.dp_size()) <= loop_args.batch_size * groups.dp_size()
     in_place = alone and groups.device().type == "cuda"  # malloc does not give back all that is freed

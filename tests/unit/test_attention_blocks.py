@@ -66,14 +66,16 @@ def test_scores_so_far_apart_that_exp_under_and_overflows() -> None:
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
 
 
-@pytest.mark.parametrize("flash_forward", [True, False])
-def test_bf16_is_no_further_from_the_truth_than_flash(monkeypatch: pytest.MonkeyPatch, flash_forward: bool) -> None:
+@pytest.mark.parametrize("flash_forward, keeps", [(True, False), (False, False), (False, True)])
+def test_bf16_is_no_further_from_the_truth_than_flash(
+    monkeypatch: pytest.MonkeyPatch, flash_forward: bool, keeps: bool
+) -> None:
     monkeypatch.setattr(blocks, "FLASH_FORWARD", flash_forward)
     lengths = [200, 90]
     tensors = drawn(lengths, 4, 4, torch.bfloat16, 64)
     exact = with_gradients(lambda *x: by_sdpa(*x, lengths), [t.double() for t in tensors])
     flash = with_gradients(lambda *x: by_sdpa(*x, lengths), tensors)
-    ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths)), tensors)
+    ours = with_gradients(lambda *x: blocks.attend(*x, bounds_of(lengths), keeps), tensors)
     off = [[((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact)] for found in (ours, flash)]
     assert sum(off[0]) <= sum(off[1]) and max(off[0]) <= max(off[1]), off
 
@@ -89,14 +91,32 @@ def test_flash_forward_has_grouped_heads(monkeypatch: pytest.MonkeyPatch, kv: in
         torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
 
 
-def test_a_compiled_layer_has_the_same_as_one_opaque_step() -> None:
+@pytest.mark.parametrize("keeps", [True, False])
+def test_a_compiled_layer_has_the_same_as_one_opaque_step(keeps: bool) -> None:
     lengths = [70, 33, 1]
     tensors, bounds = drawn(lengths, 4, 2, torch.bfloat16), bounds_of(lengths)
-    opaque = with_gradients(lambda *x: blocks.attend_opaque(*x, torch.tensor(bounds))[0], tensors)
-    usual = with_gradients(lambda *x: blocks.attend(*x, bounds), tensors)
+    opaque = with_gradients(lambda *x: blocks.attend_opaque(*x, torch.tensor(bounds), keeps)[0], tensors)
+    usual = with_gradients(lambda *x: blocks.attend(*x, bounds, keeps), tensors)
     assert all(torch.equal(a, b) for a, b in zip(opaque, usual))
     inputs = [t.clone().requires_grad_() for t in tensors[:3]]
-    torch.library.opcheck(blocks.attend_opaque, (*inputs, torch.tensor(bounds)))
+    of_results = () if keeps else ("test_aot_dispatch_dynamic",)  # where nothing was kept, memory has anything
+    checks = ("test_schema", "test_autograd_registration", "test_faketensor", *of_results)
+    torch.library.opcheck(blocks.attend_opaque, (*inputs, torch.tensor(bounds), keeps), test_utils=checks)
+
+
+@pytest.mark.parametrize("kv", [1, 4])
+@pytest.mark.parametrize("lengths", [[200, 33, 1], [40, 700, 90]])  # all blocks have room, or some
+def test_kept_probabilities_are_those_made_again(monkeypatch: pytest.MonkeyPatch, lengths: list[int], kv: int) -> None:
+    monkeypatch.setattr(blocks, "FLASH_FORWARD", False)
+    tensors, bounds, again = drawn(lengths, 4, kv, torch.bfloat16), bounds_of(lengths), []
+    usual = with_gradients(lambda *x: blocks.attend(*x, bounds), tensors)
+    made = blocks._Work.softmax_again
+    monkeypatch.setattr(blocks._Work, "softmax_again", lambda *x: again.append(x) or made(*x))
+    kept = with_gradients(lambda *x: blocks.attend(*x, bounds, True), tensors)
+    count = sum(len(blocks._blocks(length)) for length in lengths)
+    assert 0 < len(again) < count - 2 if max(lengths) > 256 else not again
+    for a, b in zip(kept, usual):
+        assert (a - b).norm() <= 3e-3 * b.norm()  # as flash's own error
 
 
 def test_sequences_of_all_lengths_have_few_shapes() -> None:

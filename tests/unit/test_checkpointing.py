@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from accessory import config
 from accessory.flags import ParallelArgs
-from accessory.model import Transformer
+from accessory.model import Transformer, blocks
 from accessory.model.llama import local_slice, set_parameter
 from accessory.model.lora import TuningArgs, add_tuning, mark_trainable
 from accessory.model.pretrained import build, fill, quantise
@@ -284,3 +284,20 @@ def test_auto_wants_to_know_the_free_memory(monkeypatch: pytest.MonkeyPatch) -> 
     assert planned("none")["free"] is None  # which does without
     with pytest.raises(ValueError, match="--checkpointing auto: .* choose none, selective or full"):
         planned("auto")
+
+
+@pytest.mark.parametrize("lora, checkpointing", [(0, "none"), (0, "selective"), (0, "full"), (4, "none")])
+def test_who_has_memory_to_spare_keeps(monkeypatch: pytest.MonkeyPatch, lora: int, checkpointing: str) -> None:
+    """Attention by blocks on a CPU keeps its probabilities in bf16, but for adapters, checkpointing and validation."""
+    monkeypatch.setitem(products.CPU_MULTIPLIES, torch.bfloat16, True)
+    model, asked = tiny(n_layers=1, lora_rank=lora), []
+    model.tok_embeddings.compute_dtype = torch.bfloat16
+    set_mode(model, checkpointing)
+    real = blocks._forward
+    monkeypatch.setattr(blocks, "_forward", lambda *x: asked.append(x[-1]) or real(*x))
+    tokens = torch.arange(20)[None]
+    model(tokens, labels=tokens, cu_seqlens=torch.tensor([0, 8, 20]))[0].backward()
+    with torch.no_grad():
+        model(tokens, labels=tokens, cu_seqlens=torch.tensor([0, 8, 20]))
+    keeps = not lora and checkpointing == "none"
+    assert asked == [keeps] * (2 if checkpointing == "full" else 1) + [False]
