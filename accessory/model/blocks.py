@@ -3,12 +3,14 @@
     a sequence of L tokens:   queries [i, j) see keys [0, j)      scores -> softmax -> times v, a block at a time
     kept for backward:        q, k, v, y and the logarithms of softmax's sums, of which the probabilities are made again, as in
                               flash attention: p = exp(scores - lse); of short sequences, where asked for, p itself (`KEPT`)
-    of the scores:            p (g v^T - mean), mean = sum(g y): one product of g | -mean, in two numbers of 16 bit, with v | 1 1
+    of the scores:            p (g v^T - mean), mean = sum(g y): one product of g | -mean with v | 1, the mean in two numbers where
+                              that is in 16 bit
 
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
 forward where there is AMX. As there, scores and softmax are fp32 and what is multiplied with v, q and k is in the inputs' dtype;
 so is, with AMX, the difference with the mean, but it is taken in the product's own fp32 and rounded once. The exponential is
-the faster of exp and exp2, for which the scale takes log2(e) along. The blocks' memory is used again and again: a fresh one
+the faster of exp and exp2, for which the scale takes log2(e) along. The scale is in k, and in v for the gradients, both in
+fp32, so that no product has a factor. The blocks' memory is used again and again: a fresh one
 costs more, in page faults, than the product that fills it.
 L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
 every key that counts. Proof: tests/unit/test_attention_blocks.py.
@@ -27,7 +29,7 @@ from accessory.parallel import products
 from accessory.parallel.derivatives import once_only, transformed
 
 QUERIES = 256 if products.AMX else 128  # of a block
-STEP = products.GRANULE  # a block is as many queries or a multiple
+STEP = products.GRANULE if products.AMX else 16  # a block is as many queries or a multiple
 # torch's kernel takes half the time forward there, backward it takes one and a half times as much
 FLASH_FORWARD = products.AMX
 FLASH_ROWS = 16  # at a time: of other numbers it takes the rest without AMX
@@ -137,10 +139,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bounds: list[int], keeps: bool) ->
     queries, keys, values, to = (work.heads(x) for x in (q, k, v, y))
     for a, b in zip(bounds, bounds[1:]):
         key, value = work.rows(keys, a, b), work.rows(values, a, b)
-        wide = key.float()
+        wide = key.float() * (work.scale * LOG2_E)
         for i, j in _blocks(b - a):
             own = a + i, min(a + j, b)
-            p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j], LOG2_E), i)
+            p, sums = work.softmax(work.scores_of(work.rows(queries, *own), wide[:, :j]), i)
             work.put(to, *own, torch.bmm(work.half(p), value[:, :j]))
             work.put(work.numbers(lse), *own, sums)
             if (place := places.get(a + i)) is not None:
@@ -155,29 +157,31 @@ def _backward(
     found = tuple(_like(x) for x in (q, k, v))
     work, unit = _Work(q, k, bounds), 1.0 if BY_EXP else LOG2_E
     queries, keys, values, gradients, *to = (work.heads(x) for x in (q, k, v, gradient, *found))
-    lse, less_means = work.numbers(lse * unit), work.heads(_in_two(-means, q.dtype))
-    ones = torch.ones((), dtype=q.dtype)
+    less_means = work.heads(_in_two(-means, q.dtype) if ROUNDED_CHANGE else -means.unsqueeze(-1))
+    lse, ones = work.numbers(lse * unit), torch.ones(less_means.shape[-1])
     for a, b in zip(bounds, bounds[1:]):
-        key, value = work.rows(keys, a, b), work.rows(values, a, b, ones).to(work.change.dtype)
-        wide = key.float() if any(a + i not in places for i, _ in _blocks(b - a)) else None
+        key, value = work.rows(keys, a, b), work.rows(values, a, b, ones)
+        if not ROUNDED_CHANGE:
+            value *= work.scale
+        again = any(a + i not in places for i, _ in _blocks(b - a))
+        wide = key.float() * (work.scale * unit) if again else None
         for i, j in reversed(_blocks(b - a)):
             own = a + i, min(a + j, b)
-            query, g = work.rows(queries, *own), work.rows(gradients, *own, less_means[:, :, slice(*own)])
+            query, g = work.rows(queries, *own), work.rows(gradients, *own)
             if (place := places.get(a + i)) is not None:
                 shape = *query.shape[:2], j
                 p = _view(work.scores, shape).copy_(_view(kept[place:], shape))
             else:
-                p = work.softmax_again(work.scores_of(query, wide[:, :j], unit), lse[:, :, slice(*own)], i)
-            of_v = torch.bmm(work.half(p).transpose(1, 2), g[..., :-2])
-            change = torch.bmm(g.to(value.dtype), value[:, :j].transpose(1, 2), out=_view(work.change, p.shape))
-            s = work.half(p.mul_(change))
-            of_k = work.scaled(s.transpose(1, 2), query, torch.empty_like(of_v))
+                p = work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i)
+            of_v = torch.bmm(work.half(p).transpose(1, 2), g)
+            s = work.half(p.mul_(work.change_of(work.rows(gradients, *own, less_means[:, :, slice(*own)]), value[:, :j])))
+            of_k = torch.bmm(s.transpose(1, 2), query)
             if j == key.shape[1]:  # the last block sees all keys
                 sums = (of_v, of_k) if i == 0 else (of_v.float(), of_k.float())
             else:  # of several the sum is fp32
                 sums[0][:, :j] += of_v
                 sums[1][:, :j] += of_k
-            work.put(to[0], *own, work.scaled(s, key[:, :j], query))
+            work.put(to[0], *own, torch.bmm(s, key[:, :j]))
         work.put(to[1], a, b, sums[1])
         work.put(to[2], a, b, sums[0])
     return found
@@ -231,13 +235,14 @@ class _Work:
 
     def rows(self, x: Tensor, start: int, stop: int, beside: Tensor | None = None) -> Tensor:
         """Of (K, G, T, Dh) those from start to stop, n when rounded up, with zeros -> (K, G n, Dh): the queries of a kv head
-        below each other, so that no key is copied for them. A copy: each use of another order would make one. `beside`: for two
-        columns more."""
+        below each other, so that no key is copied for them. A copy: each use of another order would make one. `beside`: for columns
+        more; then in the dtype of the change."""
         (k, g, _, size), length, n = x.shape, stop - start, _rounded(stop - start)
         x = x[:, :, start:stop]
         if beside is None and length == n:
             return x.contiguous().view(k, g * n, size)
-        to = x.new_empty(k, g, n, size if beside is None else size + 2)
+        more = {} if beside is None else {"dtype": self.change.dtype}
+        to = x.new_empty(k, g, n, size if beside is None else size + beside.shape[-1], **more)
         to[:, :, :length, :size] = x
         if beside is not None:
             to[:, :, :length, size:] = beside
@@ -250,10 +255,17 @@ class _Work:
         x = x.view(*to.shape[:2], -1, x.shape[-1])
         to[:, :, start:stop] = x if x.shape[2] == stop - start else x[:, :, : stop - start]
 
-    def scores_of(self, query: Tensor, keys: Tensor, times: float = 1.0) -> Tensor:
-        """(K, G n, Dh) and, in fp32, (K, S, Dh) -> (K, G n, S) in fp32."""
+    def scores_of(self, query: Tensor, keys: Tensor) -> Tensor:
+        """(K, G n, Dh) and, in fp32 and scaled, (K, S, Dh) -> (K, G n, S) in fp32."""
         to = _view(self.scores, (*query.shape[:2], keys.shape[1]))
-        return self.scaled(query.float(), keys.transpose(1, 2), to, times)
+        return torch.bmm(query.float(), keys.transpose(1, 2), out=to)
+
+    def change_of(self, gradient: Tensor, values: Tensor) -> Tensor:
+        """Of the probabilities less its mean, scaled: (K, G n, S)."""
+        to = _view(self.change, (*gradient.shape[:2], values.shape[1]))
+        if not ROUNDED_CHANGE:  # v is scaled
+            return torch.bmm(gradient, values.transpose(1, 2), out=to)
+        return torch.baddbmm(to, gradient, values.transpose(1, 2), beta=0, alpha=self.scale, out=to)
 
     def softmax(self, scores: Tensor, i: int) -> tuple[Tensor, Tensor]:
         """In place, of queries from i on, which see no later key, scores to the base 2; and the logarithms of the sums, (K, G n, 1),
@@ -273,10 +285,6 @@ class _Work:
         scores.clamp_(products.LEAST_EXP, 0).exp_() if BY_EXP else scores.exp2_()
         by_query.tril_(i)
         return scores
-
-    def scaled(self, x: Tensor, y: Tensor, to: Tensor, times: float = 1.0) -> Tensor:
-        """x y times the scale and `times`, in `to`."""
-        return torch.baddbmm(to, x, y, beta=0, alpha=self.scale * times, out=to)
 
     def half(self, x: Tensor) -> Tensor:
         """In the inputs' dtype, for products."""
