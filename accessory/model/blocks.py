@@ -174,7 +174,9 @@ def _backward(
             else:
                 p = work.softmax_again(work.scores_of(query, wide[:, :j]), lse[:, :, slice(*own)], i)
             of_v = torch.bmm(work.half(p).transpose(1, 2), g)
-            s = work.half(p.mul_(work.change_of(work.rows(gradients, *own, less_means[:, :, slice(*own)]), value[:, :j])))
+            s = work.half(
+                p.mul_(work.change_of(work.rows(gradients, *own, less_means[:, :, slice(*own)]), value[:, :j]))
+            )
             of_k = torch.bmm(s.transpose(1, 2), query)
             if j == key.shape[1]:  # the last block sees all keys
                 sums = (of_v, of_k) if i == 0 else (of_v.float(), of_k.float())
