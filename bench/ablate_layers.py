@@ -3,7 +3,7 @@
     python -m bench.ablate_layers [--layers 4] [--tokens 1024] [--rounds 5] [--precision fp32|bf16] [--only lora]
 
 Layers of SmolLM2-135M's widths with random weights, a vocabulary of 2048 (its own 49,152 for the rows about the loss and the tables),
-LoRA of rank 16 on all seven linears (in the last three rows every weight is trained, in fp32), one row of packed documents; a step is
+LoRA of rank 16 on all seven linears (in the last four rows every weight is trained, in fp32), one row of packed documents; a step is
 forward and backward. Time is this thread's own CPU seconds, the least of the rounds and the median of the rounds' ratios: so
 neighbours on the machine matter little. Memory is the most that was allocated in a step beside the weights.
 
@@ -24,6 +24,7 @@ neighbours on the machine matter little. Memory is the most that was allocated i
     lengths        rows padded to a multiple of 32 (bf16 only)      as long as they are, each time another length
     compile        each layer through torch.compile, warmed up      eager
     rotary too     a pair taken as one int32, in vectors            real numbers (compiled layers, bf16 only)
+    kept           attention's probabilities kept for backward      made again (bf16 without AMX only)
     turned         weights' gradients of rows turned before         as they lie (compiled layers, bf16 with AMX only)
     tables         gradients of embedding and head in memory that   in fresh memory
                    the step before left
@@ -73,11 +74,12 @@ ROWS = (
     "lengths",
     "compile",
     "rotary too",
+    "kept",
     "turned",
     "tables",
     "head",
 )
-WHOLE = ("turned", "tables", "head")  # rows in which every weight is trained
+WHOLE = ("kept", "turned", "tables", "head")  # rows in which every weight is trained
 TABLES = ("loss chunk", "exp", "supervised", "tables", "head")  # rows with the true vocabulary
 Step = Callable[[], Tensor]  # forward only: the loss
 
@@ -175,6 +177,8 @@ def pair(name: str, model: Transformer, tokens: int) -> tuple[Step, Step]:
             lambda: with_compiled(model, step),
             lambda: with_other(*other, lambda: with_compiled(model, step)),
         )
+    if name == "kept":
+        return step, lambda: with_other(blocks, "KEPT", 0, step)
     if name == "tables":
         return taking(spare.take, step), taking(torch.empty_like, step)
     if name == "head":

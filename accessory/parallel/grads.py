@@ -13,8 +13,8 @@ from accessory.parallel import groups, products
 from accessory.parallel.fsdp import local
 
 # numbers of a gradient in fp32 on a CPU whose squares BLAS adds up, at most so many at once: of 58 M torch's norm is off by 4e-4,
-# this by 1e-6, and with two threads it takes less time (docs/LOG.md)
-BY_BLAS, ADDED = 2**16, 2**18
+# this by 3e-6, and with two threads it takes less time (docs/LOG.md)
+BY_BLAS, ADDED = 2**16, 2**20
 
 
 class GradientRules:
@@ -67,15 +67,16 @@ class GradientRules:
 
 
 def _squares(parameters: list) -> Tensor:
-    gradients = [g for p in parameters if p.grad is not None and (g := local(p.grad)).numel()]
-    if not gradients:  # on the device: from the host a GPU would be waited for
-        return torch.zeros((), device=groups.device())
     squares, others = [], []
-    for g in gradients:
-        if g.numel() >= BY_BLAS and g.dtype == torch.float32 and g.device.type == "cpu":
+    for p in parameters:
+        if (g := p.grad) is None or not (count := (g := local(g)).numel()):
+            continue
+        if count >= BY_BLAS and g.dtype == torch.float32 and g.device.type == "cpu":
             squares += [torch.dot(part, part) for part in products.as_it_lies(g).reshape(-1).split(ADDED)]
         else:
             others.append(g)
+    if not squares and not others:  # on the device: from the host a GPU would be waited for
+        return torch.zeros((), device=groups.device())
     if others:
         squares.append(torch.stack(torch._foreach_norm(others, 2, torch.float32)).square().sum())
     return torch.stack(squares).sum()

@@ -71,16 +71,19 @@ class AdamW(torch.optim.AdamW):
         trained = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         parts = [self._parts(number, ps) for number, ps in enumerate(trained)]
         # one, but where the moments came by load_state_dict
-        counts = list({id(count): count for *_, of_group in parts for count in of_group}.values())
+        counts = list({id(count): count for *_, of_group, _ in parts for count in of_group}.values())
         torch._foreach_add_(counts, 1)
-        for group, ps, (weights, *held) in zip(self.param_groups, trained, parts):
-            lowbit.fused_step(self, group, weights, [as_it_lies(local(p.grad), local(p)) for p in ps], *held)
+        for group, ps, (weights, *held, turned) in zip(self.param_groups, trained, parts):
+            gradients = [local(p.grad) for p in ps]
+            for i in turned:
+                gradients[i] = as_it_lies(gradients[i], local(ps[i]))
+            lowbit.fused_step(self, group, weights, gradients, *held)
         if (found_inf := getattr(self, "found_inf", None)) is not None:
             torch._foreach_sub_(counts, [found_inf] * len(counts))  # as a number it would be read, and waited for
 
-    def _parts(self, number: int, trained: list[nn.Parameter]) -> list[list[Tensor]]:
-        """Of the trained parameters of a group: this rank's parts of them and of both moments, and their counts of steps. Kept
-        from step to step until FSDP has put its parameters elsewhere, which it does with all of them."""
+    def _parts(self, number: int, trained: list[nn.Parameter]) -> list[list]:
+        """Of the trained parameters of a group: this rank's parts of them and of both moments, their counts of steps, and the
+        numbers of those that lie as their transposes. Kept from step to step until FSDP has put its parameters elsewhere, which it does with all of them."""
         if len(trained) < len(self.param_groups[number]["params"]) or not trained:
             return self._gather(trained)
         kept = self.__dict__.setdefault("_kept", {})
@@ -88,10 +91,12 @@ class AdamW(torch.optim.AdamW):
             kept[number] = self._gather(trained)
         return kept[number]
 
-    def _gather(self, trained: list[nn.Parameter]) -> list[list[Tensor]]:
-        held = [self.moments(p) for p in trained]
-        moments = ([as_it_lies(local(s[m]), local(p)) for p, s in zip(trained, held)] for m in lowbit.MOMENTS)
-        return [[as_it_lies(local(p)) for p in trained], *moments, [state["step"] for state in held]]
+    def _gather(self, trained: list[nn.Parameter]) -> list[list]:
+        held, own = [self.moments(p) for p in trained], [local(p) for p in trained]
+        weights = [as_it_lies(p) for p in own]
+        moments = ([as_it_lies(local(s[m]), p) for p, s in zip(own, held)] for m in lowbit.MOMENTS)
+        turned = [i for i, (lies, p) in enumerate(zip(weights, own)) if lies is not p]
+        return [weights, *moments, [state["step"] for state in held], turned]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)

@@ -42,6 +42,7 @@ def with_gradients(attend, tensors: list[Tensor]) -> list[Tensor]:
 def either_exponential(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU with AMX, and on others."""
     monkeypatch.setattr(blocks, "BY_EXP", request.param == "exp")
+    monkeypatch.setattr(blocks, "ROUNDED_CHANGE", request.param == "exp")
 
 
 @pytest.mark.usefixtures("either_exponential")
@@ -70,7 +71,8 @@ def test_scores_so_far_apart_that_exp_under_and_overflows() -> None:
 def test_bf16_is_no_further_from_the_truth_than_flash(
     monkeypatch: pytest.MonkeyPatch, flash_forward: bool, keeps: bool
 ) -> None:
-    monkeypatch.setattr(blocks, "FLASH_FORWARD", flash_forward)
+    for as_with_amx in ("FLASH_FORWARD", "ROUNDED_CHANGE", "BY_EXP"):
+        monkeypatch.setattr(blocks, as_with_amx, flash_forward)
     lengths = [200, 90]
     tensors = drawn(lengths, 4, 4, torch.bfloat16, 64)
     exact = with_gradients(lambda *x: by_sdpa(*x, lengths), [t.double() for t in tensors])

@@ -216,7 +216,7 @@ def test_the_norm_of_many_numbers_is_exact() -> None:
     model["w1"].weight.grad = torch.randn(4096, 4100).add_(1).t()
     rules = GradientRules(model, 4, shard_dim, partial_grad, kv_copied)
     truth = sum(p.grad.double().square().sum() for p in model.parameters()).sqrt()
-    torch.testing.assert_close(rules.global_norm().double(), truth, rtol=2e-6, atol=0)
+    torch.testing.assert_close(rules.global_norm().double(), truth, rtol=1e-5, atol=0)
     for wrong in (torch.inf, torch.nan):
         model["w2"].weight.grad[5, 7] = wrong
         torch.testing.assert_close(rules.global_norm(), torch.tensor(wrong), equal_nan=True)
