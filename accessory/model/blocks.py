@@ -9,8 +9,8 @@
 torch's flash kernel for the CPU multiplies 64 columns at a time, far below what a product of a whole head gives, but for its
 forward where there is AMX. As there, scores and softmax are fp32 and what is multiplied with v, q and k is in the inputs' dtype;
 so is, with AMX, the difference with the mean, but it is taken in the product's own fp32 and rounded once. The exponential is
-the faster of exp and exp2, for which the scale takes log2(e) along. The scale is in k, and in v for the gradients, both in
-fp32, so that no product has a factor. The blocks' memory is used again and again: a fresh one
+the faster of exp and exp2, for which the scale takes log2(e) along. The scale is in k, and in v for the gradients, where
+they are in fp32: no product has a factor then. The blocks' memory is used again and again: a fresh one
 costs more, in page faults, than the product that fills it.
 L is rounded up to a multiple of STEP, so that sequences of many lengths have few shapes (products.py): zeros, which come after
 every key that counts. Proof: tests/unit/test_attention_blocks.py.

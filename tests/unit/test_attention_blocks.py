@@ -109,6 +109,7 @@ def test_a_compiled_layer_has_the_same_as_one_opaque_step(keeps: bool) -> None:
 @pytest.mark.parametrize("kv", [1, 4])
 @pytest.mark.parametrize("lengths", [[200, 33, 1], [40, 700, 90]])  # all blocks have room, or some
 def test_kept_probabilities_are_those_made_again(monkeypatch: pytest.MonkeyPatch, lengths: list[int], kv: int) -> None:
+    monkeypatch.setattr(blocks, "QUERIES", 128)
     monkeypatch.setattr(blocks, "FLASH_FORWARD", False)
     tensors, bounds, again = drawn(lengths, 4, kv, torch.bfloat16), bounds_of(lengths), []
     usual = with_gradients(lambda *x: blocks.attend(*x, bounds), tensors)
